@@ -1,0 +1,1 @@
+"""Control plane: decides what should run. asyncio; no torch, no boto3."""

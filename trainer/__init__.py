@@ -1,0 +1,1 @@
+"""Data plane: the attempts of one job. Synchronous; no SQL; never imports service/."""
