@@ -1,0 +1,1 @@
+"""Objects in a bucket or folder, and what they mean: checkpoints, claims, data bindings."""

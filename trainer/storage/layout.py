@@ -1,0 +1,107 @@
+"""Where things lie in a bucket: pure functions between keys and what they name.
+
+The only module that spells a key of the bucket; it never touches a store.
+
+Invariant: parsing what a key function returns gives its arguments back, and any other key parses
+to None, so foreign objects in a bucket are never taken for ours.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MAX_STEP = 10**10 - 1  # ten digits, so that the order of keys is the order of steps
+
+_JOB = r"[0-9A-Za-z]{1,64}"
+_PART = r"part-[0-9A-Za-z_-]{1,64}\.safetensors"
+_CLAIM_KEY = re.compile(rf"jobs/({_JOB})/attempts/([1-9]\d{{0,9}})\.json")
+_CHECKPOINT_KEY = re.compile(
+    rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/(manifest\.json|{_PART})"
+)
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ClaimKey:
+    """What a claim's key says."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class CheckpointKey:
+    """What the key of a checkpoint's file says; file is the manifest's name or a part's."""
+
+    job_id: str
+    step: int
+    attempt: int
+    file: str
+
+
+def job_prefix(job_id: str) -> str:
+    """Everything of a job."""
+    assert re.fullmatch(_JOB, job_id), f"not a job id: {job_id!r}"
+    return f"jobs/{job_id}/"
+
+
+def spec_key(job_id: str) -> str:
+    """The job's document: spec, data binding, start."""
+    return job_prefix(job_id) + "spec.json"
+
+
+def claims_prefix(job_id: str) -> str:
+    """All claims of a job."""
+    return job_prefix(job_id) + "attempts/"
+
+
+def claim_key(job_id: str, attempt: int) -> str:
+    """The claim of an attempt; attempts count from 1."""
+    assert attempt >= 1, attempt
+    return f"{claims_prefix(job_id)}{attempt}.json"
+
+
+def checkpoints_prefix(job_id: str) -> str:
+    """All checkpoints of a job, committed or not."""
+    return job_prefix(job_id) + "checkpoints/"
+
+
+def checkpoint_prefix(job_id: str, step: int, attempt: int) -> str:
+    """All files of one checkpoint."""
+    assert 0 <= step <= MAX_STEP, step
+    assert attempt >= 1, attempt
+    return f"{checkpoints_prefix(job_id)}{step:010d}/{attempt}/"
+
+
+def manifest_key(job_id: str, step: int, attempt: int) -> str:
+    """The object whose existence makes a checkpoint exist."""
+    return checkpoint_prefix(job_id, step, attempt) + MANIFEST
+
+
+def part_key(job_id: str, step: int, attempt: int, name: str) -> str:
+    """A part of a checkpoint."""
+    assert is_part_name(name), f"not a part's name: {name!r}"
+    return checkpoint_prefix(job_id, step, attempt) + name
+
+
+def part_name(index: int) -> str:
+    """The name of the index-th part."""
+    return f"part-{index:05d}.safetensors"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a file of this name can be a part."""
+    return re.fullmatch(_PART, name) is not None
+
+
+def parse_claim(key: str) -> ClaimKey | None:
+    """The claim that a key names, if it names one."""
+    match = _CLAIM_KEY.fullmatch(key)
+    return ClaimKey(match[1], int(match[2])) if match else None
+
+
+def parse_checkpoint(key: str) -> CheckpointKey | None:
+    """The checkpoint and file that a key names, if it names one."""
+    match = _CHECKPOINT_KEY.fullmatch(key)
+    return CheckpointKey(match[1], int(match[2]), int(match[3]), match[4]) if match else None

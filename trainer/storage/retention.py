@@ -1,0 +1,140 @@
+"""Which checkpoints to keep: a pure decision, then the deletions, each safe to interrupt.
+
+Reads and deletes through a repository's store; never writes.
+
+Invariant: the last two current checkpoints, the latest attempt's start and whatever the caller
+protects are never deleted. A manifest goes before its parts, so that no reader meets a checkpoint
+with holes; what a crash leaves are parts without a manifest, swept later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from trainer.storage import layout
+from trainer.storage.manifest import CheckpointRef, ManifestError
+from trainer.storage.object_store import NotFoundError
+from trainer.storage.repository import CheckpointRepository, select_current
+
+ALWAYS_KEPT = 2  # one to resume from, and one to fall back to
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a job's spec says about keeping; keep_every_steps 0: none for their step's sake."""
+
+    keep_last: int = 3
+    keep_every_steps: int = 0
+    keep_best: bool = True
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was deleted, newest first."""
+
+    refs: tuple[CheckpointRef, ...]
+
+
+def to_delete(
+    current: Sequence[CheckpointRef],
+    superseded: Sequence[CheckpointRef],
+    validation_bpb: dict[CheckpointRef, float],
+    retention: Retention,
+    protected: Collection[CheckpointRef],
+) -> list[CheckpointRef]:
+    """Decide what may go. Pure.
+
+    current is newest first. A superseded checkpoint stays until the current line has two
+    checkpoints and has passed its step: until then it may be all there is to look into.
+    """
+    kept = set(protected)
+    kept.update(current[: max(ALWAYS_KEPT, retention.keep_last)])
+    if retention.keep_every_steps > 0:
+        kept.update(ref for ref in current if ref.step % retention.keep_every_steps == 0)
+    if retention.keep_best:
+        measured = [ref for ref in current if ref in validation_bpb]
+        if measured:  # of equals the newest, since current is newest first
+            kept.add(min(measured, key=lambda ref: validation_bpb[ref]))
+    passed_step = current[0].step if len(current) >= ALWAYS_KEPT else -1
+    candidates = [*current, *(ref for ref in superseded if ref.step <= passed_step)]
+    doomed = [ref for ref in candidates if ref not in kept]
+    return sorted(doomed, key=lambda ref: (ref.step, ref.attempt), reverse=True)
+
+
+def prune(
+    repository: CheckpointRepository,
+    retention: Retention,
+    protected: Collection[CheckpointRef] = (),
+) -> Pruned:
+    """Delete what retention allows. Safe to interrupt and repeat, by any number of callers.
+
+    protected: what is being read, and what other jobs start from (this job can't know them).
+    """
+    committed = repository.committed()
+    claims = repository.claims()
+    current = select_current(committed, claims)
+    counted = set(current)
+    superseded = [ref for ref in committed if ref not in counted]
+    bpb = _validation_bpb(repository, current) if retention.keep_best else {}
+    starts = {claims[-1].start} if claims and claims[-1].start else set()
+    doomed = to_delete(current, superseded, bpb, retention, starts | set(protected))
+    for ref in doomed:
+        delete_checkpoint(repository, ref)
+    return Pruned(tuple(doomed))
+
+
+def delete_checkpoint(repository: CheckpointRepository, ref: CheckpointRef) -> None:
+    """Delete one checkpoint, manifest first; who may be deleted is the caller's decision."""
+    store = repository.store
+    store.delete(layout.manifest_key(ref.job_id, ref.step, ref.attempt))
+    prefix = layout.checkpoint_prefix(ref.job_id, ref.step, ref.attempt)
+    for info in list(store.list(prefix)):
+        store.delete(info.key)
+
+
+def sweep_orphans(
+    repository: CheckpointRepository, grace_s: float, now: datetime
+) -> list[CheckpointRef]:
+    """Delete parts that no manifest names and that nobody touched for grace_s.
+
+    grace_s must exceed the longest upload of a checkpoint plus the clocks' difference: a slow
+    writer's parts look the same. A commit that finds its parts gone is refused, not torn.
+    """
+    store = repository.store
+    groups: dict[CheckpointRef, list[tuple[str, datetime]]] = {}
+    whole = set()
+    for info in store.list(layout.checkpoints_prefix(repository.job_id)):
+        named = layout.parse_checkpoint(info.key)
+        if named is None:
+            continue
+        ref = CheckpointRef(job_id=named.job_id, step=named.step, attempt=named.attempt)
+        groups.setdefault(ref, []).append((info.key, info.modified))
+        if named.file == layout.MANIFEST:
+            whole.add(ref)
+    swept = []
+    for ref, files in groups.items():
+        newest = max(modified for _, modified in files)
+        if ref in whole or now - newest < timedelta(seconds=grace_s):
+            continue
+        if store.head(layout.manifest_key(ref.job_id, ref.step, ref.attempt)) is not None:
+            continue  # committed since the listing
+        for key, _ in files:
+            store.delete(key)
+        swept.append(ref)
+    return swept
+
+
+def _validation_bpb(
+    repository: CheckpointRepository, refs: Sequence[CheckpointRef]
+) -> dict[CheckpointRef, float]:
+    measured = {}
+    for ref in refs:
+        try:
+            bpb = repository.manifest(ref).validation_bpb
+        except (NotFoundError, ManifestError):
+            continue  # gone meanwhile, or unreadable: not the best of anything
+        if bpb is not None:
+            measured[ref] = bpb
+    return measured
