@@ -1,0 +1,158 @@
+"""Reading the bound shards by row group, in place or through a local cache.
+
+Knows parquet and the binding; nothing of tokens. The only module that imports pyarrow for reading.
+
+Invariant: text comes only from a shard whose size and footer digest are those bound at submit;
+anything else is refused by name before a row of it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.storage.binding import (
+    DataBinding,
+    DataChangedError,
+    NotParquetError,
+    ShardRef,
+    read_footer,
+)
+from trainer.storage.documents import sha256_hex
+from trainer.storage.object_store import (
+    LocalObjectStore,
+    NotFoundError,
+    ObjectInfo,
+    ObjectStore,
+)
+
+TEXT_COLUMN = "text"
+CACHE_BYTES = 32 << 30  # assumption: fits beside checkpoints on a training box's disk
+
+
+class ShardFormatError(ValueError):
+    """A shard is parquet, but can't be read as a column of text: mend it and bind anew."""
+
+
+class ShardReader:
+    """The shards of one binding. Keeps the last one open; for one thread."""
+
+    def __init__(
+        self,
+        binding: DataBinding,
+        store: ObjectStore,
+        cache: Path,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.binding = binding
+        self._store = store
+        self._cache = cache / sha256_hex(store.uri.encode())[:16]
+        self._cache_bytes = cache_bytes
+        self._open: tuple[ShardRef, pq.ParquetFile] | None = None
+
+    def row_groups(self, shard: ShardRef) -> int:
+        """Number of row groups in a shard."""
+        return int(self._file(shard).num_row_groups)
+
+    def texts(self, shard: ShardRef, row_group: int) -> list[str]:
+        """The documents of a row group in order; absent and empty ones left out.
+
+        Raises:
+            DataChangedError: the shard is not the one bound.
+            ShardFormatError: it has no readable column of text.
+        """
+        with parquet_errors(shard, row_group):
+            file = self._file(shard)
+            table = file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False)
+            return [text for text in table.column(TEXT_COLUMN).to_pylist() if text]
+
+    def close(self) -> None:
+        """Close the open shard."""
+        if self._open:
+            self._open[1].close()
+        self._open = None
+
+    def _file(self, shard: ShardRef) -> pq.ParquetFile:
+        if self._open and self._open[0] == shard:
+            return self._open[1]
+        self.close()
+        path = self._local(shard)
+        with parquet_errors(shard, None):
+            file = pq.ParquetFile(path)
+            kind = {field.name: field.type for field in file.schema_arrow}.get(TEXT_COLUMN)
+            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                file.close()
+                raise ShardFormatError(f"{shard.name} has no column {TEXT_COLUMN!r} of strings")
+        self._open = (shard, file)
+        return file
+
+    def _local(self, shard: ShardRef) -> Path:
+        """A verified local file with the shard's content."""
+        if isinstance(self._store, LocalObjectStore):
+            path = self._store.path_of(shard.name)
+            if not path.is_file():
+                raise DataChangedError(f"{self.binding.source}: {shard.name} has vanished")
+            self._verify(shard, path)
+            return path
+        # The digest in the name: a changed shard never meets another's cached file.
+        path = self._cache / f"{shard.footer_sha256[:16]}-{shard.name}"
+        if path.is_file():
+            with contextlib.suppress(DataChangedError):
+                self._verify(shard, path)
+                os.utime(path)
+                return path
+        try:
+            self._store.get_file(shard.name, path)
+        except NotFoundError as error:
+            raise DataChangedError(f"{self.binding.source}: {shard.name} has vanished") from error
+        self._verify(shard, path)
+        self._evict(path)
+        return path
+
+    def _verify(self, shard: ShardRef, path: Path) -> None:
+        size = path.stat().st_size
+        if size != shard.size_bytes:
+            raise DataChangedError(
+                f"{self.binding.source}: {shard.name} has changed "
+                f"({size} bytes, bound with {shard.size_bytes})"
+            )
+        info = ObjectInfo(path.name, size, datetime.fromtimestamp(0, UTC))
+        try:
+            found = read_footer(LocalObjectStore(path.parent), info)
+        except NotParquetError as error:
+            raise DataChangedError(f"{self.binding.source}: {shard.name} has changed") from error
+        if found.footer_sha256 != shard.footer_sha256:
+            raise DataChangedError(
+                f"{self.binding.source}: {shard.name} has changed (its footer differs)"
+            )
+
+    def _evict(self, newest: Path) -> None:
+        """Drop the least recently used shards; a file that another process reads stays readable."""
+        files = []
+        for path in self._cache.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process evicts too
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._cache_bytes:
+                return
+            if path != newest:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+@contextlib.contextmanager
+def parquet_errors(shard: ShardRef, row_group: int | None) -> Iterator[None]:
+    """Translate pyarrow's errors."""
+    where = shard.name if row_group is None else f"{shard.name} row group {row_group}"
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ShardFormatError(f"{where} can't be read: {error}") from error
