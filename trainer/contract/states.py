@@ -24,7 +24,10 @@ FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 ACTIVE = frozenset({JobState.STARTING, JobState.RUNNING})  # holds resources
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.FAILED}),
+    JobState.QUEUED: frozenset(
+        # PAUSED: a user may set a job aside before it ever ran.
+        {JobState.STARTING, JobState.PAUSED, JobState.CANCELLED, JobState.FAILED}
+    ),
     JobState.STARTING: frozenset(
         {
             JobState.RUNNING,

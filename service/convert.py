@@ -1,0 +1,176 @@
+"""Between the wire (everstep.v1) and our own values. Pure; decides nothing.
+
+Invariant: a spec that goes out comes back in equal: `spec_from_proto(spec_to_proto(s)) == s`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from everstep.specs import spec_dict_from_proto, spec_to_proto
+from everstep.v1 import everstep_pb2 as pb
+from service.jobs import Attempt, Desired, JobView, Record
+from trainer.contract.plan import Plan, RateRow
+from trainer.contract.schedule import GroupValues
+from trainer.contract.states import JobState
+from trainer.storage.manifest import CheckpointRef, Manifest
+
+__all__ = ["spec_dict_from_proto", "spec_to_proto"]
+
+
+def timestamp(seconds: float | None) -> Timestamp | None:
+    """Seconds since the epoch on the wire; None stays absent."""
+    if seconds is None:
+        return None
+    whole = math.floor(seconds)
+    return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def seconds(stamp: Timestamp) -> float:
+    """The inverse of timestamp."""
+    return stamp.seconds + stamp.nanos / 1e9
+
+
+def state_to_proto(state: JobState | Desired) -> int:
+    """JOB_STATE_<name>."""
+    return int(pb.JobState.Value(f"JOB_STATE_{state.value}"))
+
+
+def state_from_proto(number: int) -> JobState:
+    """The inverse; ValueError for UNSPECIFIED and numbers that this version doesn't know."""
+    return JobState(pb.JobState.Name(number).removeprefix("JOB_STATE_"))
+
+
+def ref_to_proto(ref: CheckpointRef | None) -> pb.CheckpointRef | None:
+    """A checkpoint's name."""
+    if ref is None:
+        return None
+    return pb.CheckpointRef(job_id=ref.job_id, step=ref.step, attempt=ref.attempt)
+
+
+def ref_from_proto(ref: pb.CheckpointRef) -> CheckpointRef:
+    """The inverse."""
+    return CheckpointRef(job_id=ref.job_id, step=ref.step, attempt=ref.attempt)
+
+
+def values_to_proto(group: str, values: GroupValues) -> pb.GroupValues:
+    """One group's values."""
+    return pb.GroupValues(
+        group=group,
+        learning_rate=values.lr,
+        momentum=values.momentum,
+        weight_decay=values.weight_decay,
+    )
+
+
+def attempt_to_proto(attempt: Attempt) -> pb.Attempt:
+    """One attempt."""
+    return pb.Attempt(
+        number=attempt.number,
+        start_time=timestamp(attempt.started_at),
+        end_time=timestamp(attempt.ended_at),
+        start_step=attempt.start_step,
+        outcome=attempt.outcome,
+        message=attempt.message,
+    )
+
+
+def job_to_proto(view: JobView) -> pb.Job:
+    """A job with its progress and attempts."""
+    job, progress = view.job, view.progress
+    message = pb.Job(
+        id=job.id,
+        spec=spec_to_proto(job.spec),
+        state=state_to_proto(job.state),
+        desired_state=state_to_proto(job.desired),
+        reason=job.reason,
+        start=ref_to_proto(job.start),
+        step=progress.step,
+        create_time=timestamp(job.created_at),
+        start_time=timestamp(job.started_at),
+        end_time=timestamp(job.ended_at),
+        attempts=[attempt_to_proto(attempt) for attempt in view.attempts],
+        checkpoint=ref_to_proto(progress.checkpoint),
+        validation_bpb=progress.validation_bpb,
+    )
+    if progress.latest_point is not None:
+        message.latest.ParseFromString(progress.latest_point)
+        left = job.spec.schedule.num_iterations - progress.step
+        if job.state is JobState.RUNNING and message.latest.step_s > 0:
+            message.eta_s = left * message.latest.step_s
+    if progress.in_force is not None:
+        message.in_force.extend(pb.Event.FromString(progress.in_force).groups)
+    return message
+
+
+def record_to_proto(record: Record) -> pb.WatchJobResponse:
+    """A stored record with its cursor."""
+    message = pb.WatchJobResponse.FromString(record.body)
+    message.cursor = record.cursor
+    return message
+
+
+def plan_to_proto(plan: Plan, start: CheckpointRef | None) -> pb.Plan:
+    """A plan."""
+    shape, counts = plan.shape, plan.counts
+    return pb.Plan(
+        spec=spec_to_proto(plan.spec),
+        shape=pb.Shape(
+            n_layer=shape.n_layer,
+            n_embd=shape.n_embd,
+            n_head=shape.n_head,
+            n_kv_head=shape.n_kv_head,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.padded_vocab_size,
+            sequence_len=shape.sequence_len,
+        ),
+        parameters=[
+            pb.ParameterCount(kind=kind, count=getattr(counts, kind))
+            for kind in ("wte", "value_embeds", "lm_head", "matrices", "scalars")
+        ],
+        parameters_total=counts.total,
+        flops_per_token=plan.flops_per_token,
+        grad_accum_steps=plan.grad_accum_steps,
+        start_step=plan.start_step,
+        steps=plan.steps,
+        tokens=plan.tokens,
+        rates=[_rate_row(row) for row in plan.rates],
+        start=ref_to_proto(start),
+        refusals=[str(jump) for jump in plan.jumps],
+        warnings=plan.warnings,
+        checkpoint_bytes=plan.checkpoint_bytes,
+        steps_at_risk=plan.steps_at_risk,
+    )
+
+
+def _rate_row(row: RateRow) -> pb.RateRow:
+    return pb.RateRow(
+        group=row.group,
+        parent=values_to_proto(row.group, row.parent) if row.parent else None,
+        points=[
+            pb.RatePoint(step=step, values=values_to_proto(row.group, values))
+            for step, values in row.points
+        ],
+        learning_rate_ratio=row.ratio,
+    )
+
+
+def checkpoint_to_proto(manifest: Manifest, uri: str) -> pb.Checkpoint:
+    """A committed checkpoint."""
+    return pb.Checkpoint(
+        ref=ref_to_proto(manifest.ref),
+        size_bytes=manifest.size_bytes,
+        create_time=timestamp(manifest.created_at.timestamp()),
+        validation_bpb=manifest.validation_bpb,
+        uri=uri,
+    )
+
+
+def to_plain(message: Any) -> dict[str, Any]:
+    """A message as plain values, proto field names as written."""
+    plain: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return plain

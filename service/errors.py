@@ -1,0 +1,73 @@
+"""What a use case can refuse, named for what the caller can do about it.
+
+Raised by lifecycle and its neighbours; interceptors.py holds the one table to gRPC statuses.
+`trainer.contract.violations.SpecError` belongs here too: a spec to correct.
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """Base of all refusals. reason is a stable word for programs, the message is for people."""
+
+    reason = "INTERNAL"
+
+
+class JobNotFoundError(ServiceError):
+    """No such job: check the id."""
+
+    reason = "JOB_NOT_FOUND"
+
+
+class RequestReusedError(ServiceError):
+    """The request_id was used for another submission: choose a new one."""
+
+    reason = "REQUEST_ID_REUSED"
+
+
+class PreconditionError(ServiceError):
+    """The job or the cluster is not in a state that allows this."""
+
+    reason = "PRECONDITION_FAILED"
+
+
+class LearningRateJumpError(PreconditionError):
+    """A continuation would raise a rate by more than its guard allows: see the ways out."""
+
+    reason = "LEARNING_RATE_JUMP"
+
+
+class StorageAwayError(ServiceError):
+    """Object storage can't be reached: try again later."""
+
+    reason = "STORAGE_UNAVAILABLE"
+
+
+class ClusterAwayError(ServiceError):
+    """Ray can't be reached: try again later."""
+
+    reason = "CLUSTER_UNAVAILABLE"
+
+
+class UnauthenticatedError(ServiceError):
+    """No credential, or one that this service did not issue."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ForbiddenError(ServiceError):
+    """The credential doesn't allow this call."""
+
+    reason = "FORBIDDEN"
+
+
+class InvalidRequestError(ServiceError):
+    """A field of the request itself (not of a spec) is wrong."""
+
+    reason = "INVALID_REQUEST"
+
+
+class StaleAttemptError(ServiceError):
+    """A newer attempt of this job reports: stop."""
+
+    reason = "STALE_ATTEMPT"

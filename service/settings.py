@@ -1,0 +1,33 @@
+"""The settings of the service. The only reader of EVERSTEP_* in this package.
+
+Object storage takes the standard AWS_* variables, read by boto3 itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Where the service keeps, listens and reaches. Every field is EVERSTEP_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix="EVERSTEP_", extra="ignore")
+
+    state: Path = Field(Path(".everstep"), description="folder of all state")
+    standalone: bool = Field(False, description="start Ray and SeaweedFS beside the service")
+    listen: str = Field("127.0.0.1:0", description="address of the gRPC server; port 0: any free")
+    metrics_listen: str = Field("127.0.0.1:0", description="address of /metrics")
+    storage: str | None = Field(None, description="s3://bucket/prefix or file:/folder of all jobs")
+    ray_address: str | None = Field(None, description="address of Ray's GCS")
+    admin_token: SecretStr | None = Field(None, description="bearer token that may do everything")
+    secret: SecretStr | None = Field(None, description="32 bytes in hex; attempts' credentials")
+    advertise: str | None = Field(None, description="address at which workers reach the service")
+    cache: Path | None = Field(None, description="folder of caches on the workers")
+
+    def resolved(self) -> dict[str, Any]:
+        """For a log line: everything but secrets."""
+        return self.model_dump(exclude={"admin_token", "secret"}, mode="json")

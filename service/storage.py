@@ -1,0 +1,168 @@
+"""Object storage as the service uses it: checkpoints looked up, data bound, documents written.
+
+Thin: every call runs trainer.storage's synchronous code in a thread, and translates its errors to
+what the caller can do. Holds no state of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from service.errors import StorageAwayError
+from trainer.contract.spec import DataSpec
+from trainer.contract.violations import SpecError, Violation
+from trainer.storage.binding import BindingError, DataBinding, bind
+from trainer.storage.documents import DocumentError, sha256_hex
+from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
+from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError
+from trainer.storage.repository import CheckpointRepository
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BUILTIN = "builtin:"
+BUILTIN_CORPUS = "python-docs"
+BUILTIN_FOLDER = "builtin"
+LATEST = "latest"
+
+
+class Storage:
+    """Jobs' storage, asynchronously."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._builtin: dict[int, tuple[str, str]] = {}  # vocabulary size -> source, tokenizer
+        self._preparing = asyncio.Lock()
+
+    @property
+    def uri(self) -> str:
+        """Where all jobs lie."""
+        return self._store.uri
+
+    async def save_document(self, document: JobDocument) -> None:
+        """Write a job's spec.json, once."""
+        await self._call(self._repository(document.job_id).save_document, document)
+
+    async def document(self, job_id: str) -> JobDocument:
+        """A job's spec.json."""
+        return await self._call(self._repository(job_id).document)
+
+    async def resolve(self, name: str) -> Manifest:
+        """The manifest of the current checkpoint that JOB@STEP or JOB@latest names.
+
+        Raises:
+            SpecError: no such checkpoint; says which there are.
+        """
+        job_id, _, step = name.rpartition("@")
+        current = await self.current(job_id)
+        for ref in current:
+            if step == LATEST or ref.step == int(step):
+                return await self._call(self._repository(job_id).manifest, ref)
+        there = ", ".join(str(ref.step) for ref in current[:10]) or "none"
+        reason = f"no such checkpoint; job {job_id} has at steps: {there}"
+        raise SpecError([Violation("start.from", name, reason)])
+
+    async def current(self, job_id: str) -> list[CheckpointRef]:
+        """The checkpoints of a job that count, newest first."""
+        return await self._call(self._repository(job_id).current)
+
+    async def manifests(self, job_id: str) -> list[Manifest]:
+        """The same with what each holds; one deleted meanwhile is left out."""
+        repository = self._repository(job_id)
+
+        def read() -> list[Manifest]:
+            found = []
+            for ref in repository.current():
+                try:
+                    found.append(repository.manifest(ref))
+                except NotFoundError:
+                    continue
+            return found
+
+        return await self._call(read)
+
+    def checkpoint_uri(self, manifest: Manifest) -> str:
+        """The folder of a checkpoint."""
+        ref = manifest.ref
+        folder = f"jobs/{ref.job_id}/checkpoints/{ref.step:010d}/{ref.attempt}"
+        return f"{self.uri.rstrip('/')}/{folder}"
+
+    async def bind(self, data: DataSpec) -> DataBinding:
+        """Bind a job to its data and tokenizer as they are now.
+
+        Raises:
+            SpecError: what a field names can't be used.
+        """
+        source, tokenizer = await self._addresses(data)
+        try:
+            return await self._call(bind, source, tokenizer, data.validation)
+        except BindingError as error:
+            value = getattr(data, error.field.rpartition(".")[2], error.value)
+            raise SpecError([Violation(error.field, value, error.reason)]) from error
+
+    async def _addresses(self, data: DataSpec) -> tuple[str, str]:
+        """Where source and tokenizer lie; the builtin corpus is made on first use."""
+        source, tokenizer = data.source, data.tokenizer
+        found = []
+        if source.startswith(BUILTIN) and source != BUILTIN + BUILTIN_CORPUS:
+            reason = f"the builtin corpus is {BUILTIN}{BUILTIN_CORPUS}"
+            found.append(Violation("data.source", source, reason))
+        size = 0
+        if tokenizer.startswith(BUILTIN):
+            corpus, _, text = tokenizer.removeprefix(BUILTIN).rpartition("-")
+            size = int(text) if text.isdigit() else 0
+            if corpus != BUILTIN_CORPUS or not 512 <= size <= 65_536:
+                reason = (
+                    f"a builtin tokenizer is {BUILTIN}{BUILTIN_CORPUS}-<vocabulary size>, "
+                    "the size from 512 to 65536"
+                )
+                found.append(Violation("data.tokenizer", tokenizer, reason))
+        if found:
+            raise SpecError(found)
+        if source.startswith(BUILTIN) or size:
+            made_source, made_tokenizer = await self._prepare_builtin(size or 512)
+            source = made_source if source.startswith(BUILTIN) else source
+            tokenizer = made_tokenizer if size else tokenizer
+        return source, tokenizer
+
+    async def _prepare_builtin(self, vocab_size: int) -> tuple[str, str]:
+        async with self._preparing:
+            if vocab_size not in self._builtin:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "trainer.data.builtin",
+                    "--out",
+                    f"{self.uri.rstrip('/')}/{BUILTIN_FOLDER}",
+                    "--vocab-size",
+                    str(vocab_size),
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                )
+                out, err = await process.communicate()
+                if process.returncode != 0:
+                    last = err.decode(errors="replace").strip().splitlines()[-1:]
+                    raise StorageAwayError(f"the builtin corpus can't be prepared: {last}")
+                made = json.loads(out)
+                self._builtin[vocab_size] = (made["source"], made["tokenizer"])
+            return self._builtin[vocab_size]
+
+    def _repository(self, job_id: str) -> CheckpointRepository:
+        return CheckpointRepository(self._store, job_id)
+
+    async def _call(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await asyncio.to_thread(work, *args, **kwargs)
+        except NotFoundError:
+            raise
+        except (StoreError, DocumentError) as error:
+            raise StorageAwayError(str(error)) from error
+
+
+def manifest_sha256(manifest: Manifest) -> str:
+    """The digest by which a stop acknowledges its checkpoint."""
+    return sha256_hex(manifest.encode())

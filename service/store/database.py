@@ -1,0 +1,90 @@
+"""The SQLite file: opened, migrated, and written by one writer at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+TOUCHED = "touched"  # key in a connection's info: jobs whose stream grew in this transaction
+BUSY_TIMEOUT_MS = 10_000  # another process may hold the file for a backup
+
+
+class Database:
+    """An open database. `open` it, hand it to the stores, `close` it."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._writer = asyncio.Lock()
+        self._grown: dict[str, asyncio.Event] = {}
+
+    @classmethod
+    async def open(cls, path: Path) -> Self:
+        """Open the file, creating it and migrating it to the newest schema first."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(migrate, path)
+        engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+        event.listen(engine.sync_engine, "connect", _configure)
+        return cls(engine)
+
+    async def close(self) -> None:
+        """Close every connection; what was written stays."""
+        await self._engine.dispose()
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that may write: committed at the end, rolled back on an exception.
+
+        Whoever waits for a job whose stream grew in it is woken after the commit.
+        """
+        async with self._writer:
+            async with self._engine.begin() as connection:
+                touched: set[str] = set()
+                connection.info[TOUCHED] = touched
+                yield connection
+            for job_id in touched:
+                if waited := self._grown.pop(job_id, None):
+                    waited.set()
+
+    def growth(self, job_id: str) -> asyncio.Event:
+        """Set once the job's stream has grown. Take it before reading, then wait for it."""
+        return self._grown.setdefault(job_id, asyncio.Event())
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection to read with; never waits for a writer (WAL)."""
+        async with self._engine.connect() as connection:
+            yield connection
+
+
+def migrate(path: Path, revision: str = "head") -> None:
+    """Bring the schema of the file at path to a revision. Safe to repeat; each step is atomic."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = sa.create_engine(f"sqlite:///{path}")
+    event.listen(engine, "connect", _configure)
+    try:
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, revision)
+    finally:
+        engine.dispose()
+
+
+def _configure(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    # An acknowledged call survives a power cut, not only the end of the process.
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()

@@ -1,0 +1,188 @@
+"""Jobs in the database: inserted once, changed by compare-and-set only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.jobs import Attempt, Desired, Job, JobView, Progress
+from service.store.database import Database
+from service.store.record_store import NewRecord, append_records
+from service.store.schema import attempts, jobs, progress
+from trainer.contract.spec import JobSpec
+from trainer.contract.states import FINAL, JobState
+from trainer.storage.manifest import CheckpointRef
+
+
+class JobStore:
+    """All that is known of jobs, attempts and progress."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def insert(self, job: Job, record: NewRecord) -> Job:
+        """Store a new job with its first record, or return the one with the same request_id."""
+        async with self._database.write() as connection:
+            found = await _first(connection, jobs.c.request_id == job.request_id)
+            if found is not None:
+                return found
+            result = await connection.execute(
+                sa.insert(jobs).values(**_job_columns(job), version=0)
+            )
+            key = result.inserted_primary_key
+            assert key is not None
+            await connection.execute(
+                sa.insert(progress).values(
+                    job_id=job.id, next_cursor=1, step=job.start.step if job.start else 0
+                )
+            )
+            await append_records(connection, job.id, [record])
+            return replace(job, submission=int(key[0]), version=0)
+
+    async def get(self, job_id: str) -> Job | None:
+        """One job."""
+        async with self._database.read() as connection:
+            return await _first(connection, jobs.c.id == job_id)
+
+    async def by_request(self, request_id: str) -> Job | None:
+        """The job that a request_id made."""
+        async with self._database.read() as connection:
+            return await _first(connection, jobs.c.request_id == request_id)
+
+    async def unfinished(self) -> list[Job]:
+        """Every job that is not final, in order of submission."""
+        query = sa.select(jobs).where(jobs.c.state.not_in([state.value for state in FINAL]))
+        async with self._database.read() as connection:
+            rows = await connection.execute(query.order_by(jobs.c.submission))
+            return [_job(row) for row in rows]
+
+    async def page(
+        self, states: Collection[JobState], before: int | None, limit: int
+    ) -> list[JobView]:
+        """Jobs with their progress, newest first, those submitted before a submission number."""
+        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
+        if states:
+            query = query.where(jobs.c.state.in_([state.value for state in states]))
+        if before is not None:
+            query = query.where(jobs.c.submission < before)
+        async with self._database.read() as connection:
+            rows = await connection.execute(query.order_by(jobs.c.submission.desc()).limit(limit))
+            return [JobView(_job(row), _progress(row)) for row in rows]
+
+    async def view(self, job_id: str) -> JobView | None:
+        """One job with its progress and attempts, newest attempt first."""
+        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query.where(jobs.c.id == job_id))).first()
+            if row is None:
+                return None
+            tries = await connection.execute(
+                sa.select(attempts)
+                .where(attempts.c.job_id == job_id)
+                .order_by(attempts.c.number.desc())
+            )
+            found = tuple(Attempt(**attempt._mapping) for attempt in tries)
+            return JobView(_job(row), _progress(row), found)
+
+    async def change(self, old: Job, new: Job, record: NewRecord | None = None) -> Job | None:
+        """Replace old by new, with the record that says why, if nobody changed it meanwhile.
+
+        Returns the job as stored, or None where somebody else was first: read again and decide.
+        """
+        async with self._database.write() as connection:
+            values = {**_job_columns(new), "version": old.version + 1}
+            result = await connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == old.id, jobs.c.version == old.version)
+                .values(**values)
+            )
+            if result.rowcount != 1:
+                return None
+            if record is not None:
+                await append_records(connection, old.id, [record])
+            return replace(new, version=old.version + 1, submission=old.submission)
+
+    async def end_attempt(
+        self, job_id: str, number: int, outcome: str, message: str, now: float, record: NewRecord
+    ) -> bool:
+        """Note how an attempt ended, once; False where it is unknown or was noted before."""
+        async with self._database.write() as connection:
+            result = await connection.execute(
+                sa.update(attempts)
+                .where(
+                    attempts.c.job_id == job_id,
+                    attempts.c.number == number,
+                    attempts.c.ended_at.is_(None),
+                )
+                .values(ended_at=now, outcome=outcome, message=message)
+            )
+            if result.rowcount != 1:
+                return False
+            await append_records(connection, job_id, [record])
+            return True
+
+
+async def _first(connection: AsyncConnection, where: sa.ColumnElement[bool]) -> Job | None:
+    row = (await connection.execute(sa.select(jobs).where(where))).first()
+    return _job(row) if row is not None else None
+
+
+def _job_columns(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "request_id": job.request_id,
+        "request_sha256": job.request_sha256,
+        "spec": job.spec.to_dict(),
+        "start": _ref_columns(job.start),
+        "state": job.state.value,
+        "desired": job.desired.value,
+        "reason": job.reason,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at,
+        "host_number": job.host_number,
+    }
+
+
+def _job(row: sa.Row[Any]) -> Job:
+    columns = row._mapping
+    return Job(
+        id=columns[jobs.c.id],
+        spec=JobSpec.parse(columns[jobs.c.spec]),
+        start=_ref(columns[jobs.c.start]),
+        request_id=columns[jobs.c.request_id],
+        request_sha256=columns[jobs.c.request_sha256],
+        created_at=columns[jobs.c.created_at],
+        state=JobState(columns[jobs.c.state]),
+        desired=Desired(columns[jobs.c.desired]),
+        reason=columns[jobs.c.reason],
+        started_at=columns[jobs.c.started_at],
+        ended_at=columns[jobs.c.ended_at],
+        host_number=columns[jobs.c.host_number],
+        submission=columns[jobs.c.submission],
+        version=columns[jobs.c.version],
+    )
+
+
+def _progress(row: sa.Row[Any]) -> Progress:
+    columns = row._mapping
+    return Progress(
+        step=columns[progress.c.step],
+        latest_point=columns[progress.c.latest_point],
+        in_force=columns[progress.c.in_force],
+        checkpoint=_ref(columns[progress.c.checkpoint]),
+        checkpoint_at=columns[progress.c.checkpoint_at],
+        validation_bpb=columns[progress.c.validation_bpb],
+    )
+
+
+def _ref(value: dict[str, Any] | None) -> CheckpointRef | None:
+    return CheckpointRef(**value) if value is not None else None
+
+
+def _ref_columns(ref: CheckpointRef | None) -> dict[str, Any] | None:
+    return ref.model_dump() if ref is not None else None

@@ -1,0 +1,61 @@
+"""Jobs, their progress, attempts and records."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "jobs",
+        sa.Column("submission", sa.Integer, primary_key=True, autoincrement=True),
+        sa.Column("id", sa.String(26), nullable=False, unique=True),
+        sa.Column("request_id", sa.String(128), nullable=False, unique=True),
+        sa.Column("request_sha256", sa.String(64), nullable=False),
+        sa.Column("spec", sa.JSON, nullable=False),
+        sa.Column("start", sa.JSON, nullable=True),
+        sa.Column("state", sa.String(16), nullable=False, index=True),
+        sa.Column("desired", sa.String(16), nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("created_at", sa.Float, nullable=False),
+        sa.Column("started_at", sa.Float, nullable=True),
+        sa.Column("ended_at", sa.Float, nullable=True),
+        sa.Column("host_number", sa.Integer, nullable=False),
+        sa.Column("version", sa.Integer, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "progress",
+        sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.id"), primary_key=True),
+        sa.Column("next_cursor", sa.Integer, nullable=False),
+        sa.Column("step", sa.Integer, nullable=False),
+        sa.Column("latest_point", sa.LargeBinary, nullable=True),
+        sa.Column("in_force", sa.LargeBinary, nullable=True),
+        sa.Column("checkpoint", sa.JSON, nullable=True),
+        sa.Column("checkpoint_at", sa.Float, nullable=True),
+        sa.Column("validation_bpb", sa.Float, nullable=True),
+    )
+    op.create_table(
+        "attempts",
+        sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.id"), primary_key=True),
+        sa.Column("number", sa.Integer, primary_key=True),
+        sa.Column("started_at", sa.Float, nullable=False),
+        sa.Column("start_step", sa.Integer, nullable=False),
+        sa.Column("ended_at", sa.Float, nullable=True),
+        sa.Column("outcome", sa.String(40), nullable=False),
+        sa.Column("message", sa.Text, nullable=False),
+        sa.Column("acknowledged", sa.Integer, nullable=False),
+    )
+    op.create_table(
+        "records",
+        sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.id"), primary_key=True),
+        sa.Column("cursor", sa.Integer, primary_key=True),
+        sa.Column("time", sa.Float, nullable=False),
+        sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("step", sa.Integer, nullable=False),
+        sa.Column("kind", sa.String(8), nullable=False),
+        sa.Column("body", sa.LargeBinary, nullable=False),
+        sqlite_with_rowid=False,
+    )

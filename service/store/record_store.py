@@ -1,0 +1,143 @@
+"""Records: each job's one ordered stream, appended in a transaction, read by cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.errors import StaleAttemptError
+from service.jobs import Attempt, Record
+from service.store.database import TOUCHED, Database
+from service.store.schema import attempts, progress, records
+from trainer.storage.manifest import CheckpointRef
+
+
+@dataclass(frozen=True)
+class NewRecord:
+    """A record to append. body: an everstep.v1.WatchJobResponse without its cursor."""
+
+    time: float
+    attempt: int
+    step: int
+    kind: str  # "event" or "point"
+    body: bytes
+    # What the record changes of the job's progress: columns of the table.
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def checkpoint_change(ref: CheckpointRef, time: float) -> dict[str, Any]:
+        """The change of progress that a committed checkpoint makes."""
+        return {"checkpoint": ref.model_dump(), "checkpoint_at": time}
+
+
+class RecordStore:
+    """Reads and writes streams of records, and what attempts report into them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def append(self, job_id: str, new: Sequence[NewRecord]) -> None:
+        """Append records of the service's own."""
+        async with self._database.write() as connection:
+            await append_records(connection, job_id, new)
+
+    async def read(self, job_id: str, after: int, limit: int) -> list[Record]:
+        """Up to limit records with a cursor above after, in order."""
+        query = (
+            sa.select(records.c.cursor, records.c.time, records.c.attempt, records.c.body)
+            .where(records.c.job_id == job_id, records.c.cursor > after)
+            .order_by(records.c.cursor)
+            .limit(limit)
+        )
+        async with self._database.read() as connection:
+            return [Record(*row) for row in await connection.execute(query)]
+
+    async def begin_attempt(self, attempt: Attempt, record: NewRecord) -> int:
+        """Make an attempt known; the last sequence number it has had acknowledged.
+
+        Safe to repeat: an attempt that reports again after a broken connection goes on.
+
+        Raises:
+            StaleAttemptError: a newer attempt of the job is known.
+        """
+        async with self._database.write() as connection:
+            newest = await connection.scalar(
+                sa.select(sa.func.max(attempts.c.number)).where(attempts.c.job_id == attempt.job_id)
+            )
+            if newest is not None and newest > attempt.number:
+                raise StaleAttemptError(f"attempt {newest} of job {attempt.job_id} reports now")
+            acknowledged = await _acknowledged(connection, attempt.job_id, attempt.number)
+            if acknowledged is not None:
+                return acknowledged
+            await connection.execute(sa.insert(attempts).values(**asdict(attempt)))
+            await append_records(connection, attempt.job_id, [record])
+            return 0
+
+    async def append_reported(
+        self, job_id: str, attempt: int, entries: Sequence[tuple[int, NewRecord]]
+    ) -> tuple[int, int]:
+        """Append numbered entries of an attempt, each once.
+
+        Returns how many were new, and the number up to which everything is durable. Entries come
+        in order; one that leaves a gap is not taken, so that the attempt sends from there again.
+        """
+        async with self._database.write() as connection:
+            acknowledged = await _acknowledged(connection, job_id, attempt)
+            assert acknowledged is not None, "an attempt begins before it reports"
+            fresh: list[NewRecord] = []
+            upto = acknowledged
+            for sequence, record in entries:
+                if sequence == upto + 1:
+                    fresh.append(record)
+                    upto = sequence
+            if fresh:
+                await append_records(connection, job_id, fresh)
+                await connection.execute(
+                    sa.update(attempts)
+                    .where(attempts.c.job_id == job_id, attempts.c.number == attempt)
+                    .values(acknowledged=upto)
+                )
+            return len(fresh), upto
+
+
+async def append_records(
+    connection: AsyncConnection, job_id: str, new: Sequence[NewRecord]
+) -> None:
+    """Append within a transaction, and apply what the records change of the job's progress."""
+    cursor = await connection.scalar(
+        sa.select(progress.c.next_cursor).where(progress.c.job_id == job_id)
+    )
+    assert cursor is not None, "a job and its progress are made together"
+    changes: dict[str, Any] = {"next_cursor": cursor + len(new)}
+    rows = []
+    for number, record in enumerate(new, start=cursor):
+        changes.update(record.changes)
+        rows.append(
+            {
+                "job_id": job_id,
+                "cursor": number,
+                "time": record.time,
+                "attempt": record.attempt,
+                "step": record.step,
+                "kind": record.kind,
+                "body": record.body,
+            }
+        )
+    await connection.execute(sa.insert(records), rows)
+    connection.info[TOUCHED].add(job_id)
+    await connection.execute(
+        sa.update(progress).where(progress.c.job_id == job_id).values(**changes)
+    )
+
+
+async def _acknowledged(connection: AsyncConnection, job_id: str, attempt: int) -> int | None:
+    found: int | None = await connection.scalar(
+        sa.select(attempts.c.acknowledged).where(
+            attempts.c.job_id == job_id, attempts.c.number == attempt
+        )
+    )
+    return found

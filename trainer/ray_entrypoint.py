@@ -1,0 +1,270 @@
+"""The only module of trainer/ that knows Ray: the host of a job's attempts, and its workers.
+
+AttemptHost is a detached actor: it outlives the service, runs one fit() after another until the job
+is done or can't go on, and remembers how each ended. It knows nothing of the job but what a worker
+tells it; workers read the spec from storage.
+
+Invariant: fit() never retries by itself (max_failures=0), so each fit() is one attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainer.contract.outcome import (
+    RESTART_BUDGET,
+    RESTART_WINDOW_S,
+    AttemptResult,
+    Outcome,
+    Policy,
+)
+
+ABORT_TIMEOUT_S = 4.0
+BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # before the first, second, ... restart in a row
+# Set where Ray starts a process for us; read by Ray Train itself.
+RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """All that a host is told. host_key: see trainer.contract.credential."""
+
+    job_id: str
+    host_number: int
+    storage_uri: str
+    cache_dir: str
+    service_address: str
+    service_ca: str | None
+    host_key: str
+    num_workers: int
+    gpus_per_worker: int
+    cpus_per_worker: int
+
+
+class AttemptHost:
+    """Runs attempts until one ends the job. Methods may be called from any thread."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        os.environ.update(RAY_TRAIN_SETTINGS)
+        self._config = HostConfig(**config)
+        self._lock = threading.Lock()
+        self._results: list[AttemptResult] = []
+        self._reported: AttemptResult | None = None
+        self._claimed = 0
+        self._finished = False
+        self._stop = threading.Event()
+        self._controller: Any = None
+        self._thread = threading.Thread(target=self._run, name="attempts", daemon=True)
+        self._thread.start()
+
+    def status(self) -> dict[str, Any]:
+        """Whether the host is done, and how its attempts ended."""
+        with self._lock:
+            return {
+                "finished": self._finished,
+                "results": [_plain(result) for result in self._results],
+            }
+
+    def stop(self) -> None:
+        """Start no further attempt, and give up one that still waits for resources."""
+        self._stop.set()
+
+    def stop_wanted(self) -> bool:
+        """Asked by the controller before it starts workers."""
+        return self._stop.is_set()
+
+    def attempt_claimed(self, number: int) -> None:
+        """Rank 0 has claimed an attempt number."""
+        with self._lock:
+            self._claimed = number
+
+    def attempt_ended(self, result: dict[str, Any]) -> None:
+        """A worker says how the attempt ended. The first word counts: others follow from it."""
+        with self._lock:
+            if self._reported is None:
+                self._reported = AttemptResult.from_dict(result)
+
+    def controller_started(self, controller: Any) -> None:
+        """Ray's controller of the run introduces itself, so that it can be aborted."""
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End what runs, without a checkpoint: workers are gone when this returns."""
+        import ray
+
+        self._stop.set()
+        if self._controller is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while True:
+            began = time.monotonic()
+            result = self._attempt()
+            with self._lock:
+                self._results.append(result)
+                if not self._goes_on(result):
+                    self._finished = True
+                    return
+                in_a_row = len(self._results) - 1
+            if time.monotonic() - began > RESTART_WINDOW_S:
+                in_a_row = 0
+            self._stop.wait(BACKOFF_S[min(in_a_row, len(BACKOFF_S) - 1)])
+
+    def _goes_on(self, result: AttemptResult) -> bool:
+        return (
+            result.policy is Policy.RESTART
+            and not self._stop.is_set()
+            and len(self._results) <= RESTART_BUDGET
+        )
+
+    def _attempt(self) -> AttemptResult:
+        with self._lock:
+            self._reported, self._claimed = None, 0
+        failure: BaseException | None = None
+        try:
+            _fit(self._config)
+        except BaseException as error:
+            failure = error
+        with self._lock:
+            if self._reported is not None:
+                return self._reported
+            return AttemptResult(self._claimed, *_classify(failure, self._stop.is_set()), step=0)
+
+
+def _plain(result: AttemptResult) -> dict[str, Any]:
+    return {**result.to_dict(), "outcome": result.outcome.value}
+
+
+def _classify(failure: BaseException | None, stopping: bool) -> tuple[Outcome, str]:
+    """Name an end that no worker explained."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError, WorkerGroupError
+
+    if stopping:
+        return Outcome.STOPPED, "stopped before training began"
+    match failure:
+        case None:
+            return Outcome.WORKER_LOST, "the workers ended without a word"
+        case WorkerGroupError():
+            return Outcome.WORKER_LOST, _first_line(failure)
+        case ControllerError():
+            return Outcome.START_TIMEOUT, _first_line(failure)
+        case RayActorError():
+            return Outcome.CONTROLLER_LOST, _first_line(failure)
+        case _:
+            return Outcome.CODE_ERROR, f"{type(failure).__name__}: {_first_line(failure)}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
+
+
+def _fit(config: HostConfig) -> None:
+    """One attempt. Returns when all workers returned; raises what Ray Train raises."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    host_name = _own_name()
+    use_gpu = config.gpus_per_worker > 0
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"config": asdict(config), "host": host_name},
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={
+                "CPU": config.cpus_per_worker,
+                **({"GPU": config.gpus_per_worker} if use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=f"{config.job_id}-{config.host_number}-{time.time_ns()}",
+            storage_path=tempfile.mkdtemp(prefix="everstep-run-"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            callbacks=[_host_callback(host_name)],
+        ),
+        # Logical GPUs on a box without any train on the CPU; gloo works in both.
+        torch_config=TorchConfig(backend="nccl" if _has_cuda(use_gpu) else "gloo"),
+    )
+    trainer.fit()
+
+
+def _has_cuda(use_gpu: bool) -> bool:
+    """Whether this machine has CUDA devices; the host itself holds none, so NVML is asked."""
+    if not use_gpu:
+        return False
+    return any(name.startswith("nvidia") for name in os.listdir("/dev"))
+
+
+def _own_name() -> str:
+    import ray
+
+    name = ray.get_runtime_context().get_actor_name()
+    assert name is not None, "hosts are named actors"
+    return str(name)
+
+
+def _host_callback(host_name: str) -> Any:
+    """Ties a run to its host: hands over the controller, and asks before it starts workers.
+
+    Ray doesn't process an abort while it waits for resources, and killing the host then would leak
+    the placement group: so a run that is no longer wanted fails before its workers start.
+    """
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+    class HostCallback(ControllerCallback, WorkerGroupCallback):
+        def after_controller_start(self, *_args: Any, **_kwargs: Any) -> None:
+            controller = ray.get_runtime_context().current_actor
+            ray.get(ray.get_actor(host_name).controller_started.remote(controller))
+
+        def before_worker_group_start(self, *_args: Any, **_kwargs: Any) -> None:
+            if ray.get(ray.get_actor(host_name).stop_wanted.remote()):
+                raise RuntimeError("stop was asked for while waiting for resources")
+
+    return HostCallback()
+
+
+def run_worker(arguments: dict[str, Any]) -> None:
+    """One rank of one attempt, in a process that Ray started."""
+    import ray
+    from ray.train import get_context
+
+    from trainer.attempt import AttemptContext, run_attempt
+    from trainer.distributed import World
+
+    config = HostConfig(**arguments["config"])
+    host = ray.get_actor(arguments["host"])
+    context = get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    result = run_attempt(
+        AttemptContext(
+            job_id=config.job_id,
+            storage_uri=config.storage_uri,
+            cache_dir=config.cache_dir,
+            host=arguments["host"],
+            host_number=config.host_number,
+            host_key=config.host_key,
+            service_address=config.service_address,
+            service_ca=config.service_ca,
+            threads=config.cpus_per_worker,
+            on_claim=lambda number: ray.get(host.attempt_claimed.remote(number)),
+        ),
+        world,
+    )
+    ray.get(host.attempt_ended.remote(_plain(result)))
+    if world.size > 1 and result.policy is not Policy.DONE:
+        # The other ranks wait for this one in a collective: end the group.
+        raise RuntimeError(f"{result.outcome}: {result.message}")
