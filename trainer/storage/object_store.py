@@ -95,7 +95,7 @@ class ObjectStore(Protocol):
         """Size and time of an object, or None."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key begins with prefix, in the order of keys."""
+        """Every object whose key begins with prefix, in no promised order."""
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens where there is none."""
@@ -214,8 +214,7 @@ class LocalObjectStore:
             entries = list(os.scandir(self.root / folder))
         except (FileNotFoundError, NotADirectoryError):
             return
-        # Order of keys, not of names: "a.b" comes before "a/b".
-        for entry in sorted(entries, key=lambda e: e.name + "/" * e.is_dir()):
+        for entry in entries:
             key = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir():
                 below = key + "/"

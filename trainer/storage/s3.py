@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
     ResponseStreamingError,
+)
+from botocore.exceptions import (
+    ConnectionError as EndpointError,
 )
 
 from trainer.storage.object_store import (
@@ -50,6 +54,7 @@ CONFLICT_TRIES = 5  # AWS answers 409 to one of two conditional puts in flight a
 
 ABSENT = {"404", "NoSuchKey", "NotFound"}
 LOST = {"412", "PreconditionFailed"}
+NO_ANSWER = (EndpointError, HTTPClientError, ResponseStreamingError, IncompleteReadError)
 BUSY = {"429", "SlowDown", "Throttling", "RequestTimeout", "RequestTimeTooSkewed", "InternalError"}
 
 
@@ -147,7 +152,7 @@ class S3ObjectStore:
                 answer = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
         except NotFoundError:
             return None
-        return ObjectInfo(key, answer["ContentLength"], answer["LastModified"])
+        return ObjectInfo(key, answer["ContentLength"], utc(answer["LastModified"]))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         pages = self._client.get_paginator("list_objects_v2")
@@ -156,7 +161,7 @@ class S3ObjectStore:
                 for item in page.get("Contents", ()):
                     key = item["Key"].removeprefix(self._prefix)
                     if key and not key.endswith("/"):  # folder markers that consoles make
-                        yield ObjectInfo(key, item["Size"], item["LastModified"])
+                        yield ObjectInfo(key, item["Size"], utc(item["LastModified"]))
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(NotFoundError), self._errors(key):
@@ -201,6 +206,11 @@ def make_client(patience: Patience) -> S3Client:
     )
 
 
+def utc(moment: datetime) -> datetime:
+    """A time of boto3's (in the local zone) in UTC."""
+    return moment.astimezone(UTC)
+
+
 def status_of(error: ClientError) -> int:
     """The HTTP status of an answer."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -225,7 +235,7 @@ def translate(where: str, bucket: str, error: BaseException) -> StoreError:
                 "and the rights they give on the bucket"
             )
         return StoreRefusedError(f"{where}: the store answered {status} {code}")
-    if isinstance(error, HTTPClientError | ResponseStreamingError | IncompleteReadError):
+    if isinstance(error, NO_ANSWER):
         return StoreUnavailableError(
             f"{where}: no answer ({type(error).__name__}); check AWS_ENDPOINT_URL_S3 and the server"
         )
