@@ -1,0 +1,1 @@
+"""Training state on disk: our own checkpoints, and nanochat's."""

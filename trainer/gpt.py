@@ -1,0 +1,195 @@
+"""The network: nanochat's GPT at any size, with nanochat's state-dict names.
+
+Owns the residual stream: embeddings, smear, per-layer mixing, backout, and the weights' initial
+values. Must not know optimizers, data or devices beyond the tensors it is given.
+
+Invariant: `dict(model.named_parameters())` has the names, order and shapes of
+`ModelShape.named_shapes`, and initial weights depend on the seed alone. Formulas: nanochat at
+commit 92d63d4.
+
+Shape legend: B rows, T positions, C width, E width of a value embedding, V vocabulary, P padded
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.attention import Attention, Linear, norm, rotary_tables
+from trainer.contract.shape import ModelShape
+from trainer.contract.spec import SMEAR_GATE_CHANNELS
+from trainer.loss import mean_loss, soft_capped_logits, token_losses
+
+WTE_STD, LM_HEAD_STD = 0.8, 0.001
+MLP_FC_SCALE = 0.4  # of the bound that the other matrices are drawn from
+GATE_BOUND = 0.02
+BACKOUT_START = 0.2
+
+
+class Table(nn.Module):
+    """An embedding table [P, C] stored in a dtype of its own."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+
+    def forward(self, idx_BT: Tensor) -> Tensor:
+        """[B, T] token ids -> [B, T, C]."""
+        return F.embedding(idx_BT, self.weight)
+
+
+class Mlp(nn.Module):
+    """Two matrices around a squared ReLU."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.c_fc = Linear(shape.n_embd, 4 * shape.n_embd)
+        self.c_proj = Linear(4 * shape.n_embd, shape.n_embd)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        return self.c_proj(F.relu(self.c_fc(x_BTC)).square())  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each on the normed stream and added to it."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(shape, layer)
+        self.mlp = Mlp(shape)
+
+    def forward(self, x_BTC: Tensor, embed_BTE: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        x_BTC = x_BTC + self.attn(norm(x_BTC), embed_BTE, cos, sin)
+        return x_BTC + self.mlp(norm(x_BTC))  # type: ignore[no-any-return]
+
+
+class Trunk(nn.Module):
+    """Token embedding and layers; it exists for nanochat's state-dict names."""
+
+    def __init__(self, shape: ModelShape, embedding_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.wte = Table(shape.padded_vocab_size, shape.n_embd, embedding_dtype)
+        self.h = nn.ModuleList(Block(shape, layer) for layer in range(shape.n_layer))
+
+
+class GPT(nn.Module):
+    """The model. Its weights are undefined until init_weights or load_state_dict.
+
+    Args:
+        shape: all sizes.
+        compute_dtype: of activations and matmuls; matrices are kept in fp32 and cast.
+        embedding_dtype: of the token and value embedding tables in memory.
+    """
+
+    def __init__(
+        self, shape: ModelShape, compute_dtype: torch.dtype, embedding_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.shape, self.compute_dtype = shape, compute_dtype
+        self.resid_lambdas = nn.Parameter(torch.empty(shape.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(shape.n_layer))
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.transformer = Trunk(shape, embedding_dtype)
+        self.lm_head = Linear(shape.n_embd, shape.padded_vocab_size)
+        self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
+        kv_width = shape.n_kv_head * shape.head_dim
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(i): Table(shape.padded_vocab_size, kv_width, embedding_dtype)
+                for i in shape.value_embed_layers
+            }
+        )
+        cos, sin = rotary_tables(shape.sequence_len, shape.head_dim)
+        self.register_buffer("cos", cos.to(compute_dtype), persistent=False)
+        self.register_buffer("sin", sin.to(compute_dtype), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every weight anew from nanochat's distributions.
+
+        Draws happen on the CPU in fp32 and in module order, so they depend on the seed alone: not
+        on device, dtype, thread count or torch's global generator. (They are not the numbers that
+        nanochat itself would draw.)
+        """
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            drawn = torch.empty(parameter.shape, dtype=torch.float32)
+            _draw(name, drawn, self.shape, generator)
+            parameter.copy_(drawn)
+
+    def forward(self, idx_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean nats over the targets that are not -1, an fp32 scalar. T is at most sequence_len."""
+        x_BTC = self._final(idx_BT)
+        return mean_loss(
+            x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.shape.vocab_size
+        )
+
+    def logits(self, idx_BT: Tensor) -> Tensor:
+        """Soft-capped logits, fp32 [B, T, V]."""
+        return soft_capped_logits(self._final(idx_BT), self.lm_head.weight, self.shape.vocab_size)
+
+    def token_losses(self, idx_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Nats of every target, fp32 [B, T]; 0 where it is -1. For use without gradients."""
+        x_BTC = self._final(idx_BT)
+        losses_N = token_losses(
+            x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.shape.vocab_size
+        )
+        return losses_N.view_as(targets_BT)
+
+    def _final(self, idx_BT: Tensor) -> Tensor:
+        """Activations [B, T, C] that lm_head reads."""
+        length = idx_BT.size(1)
+        if length > self.shape.sequence_len:
+            raise ValueError(
+                f"{length} positions; this model takes at most {self.shape.sequence_len}"
+            )
+        cos, sin = self.cos[:, :length], self.sin[:, :length]  # type: ignore[index]
+        x_BTC = norm(self.transformer.wte(idx_BT).to(self.compute_dtype))
+        x_BTC = x0_BTC = self._smear(x_BTC)
+        backout_BTC = x_BTC
+        for i, block in enumerate(self.transformer.h):
+            x_BTC = self.resid_lambdas[i] * x_BTC + self.x0_lambdas[i] * x0_BTC
+            embed_BTE = None
+            if i in self.shape.value_embed_layers:
+                embed_BTE = self.value_embeds[str(i)](idx_BT).to(self.compute_dtype)
+            x_BTC = block(x_BTC, embed_BTE, cos, sin)
+            if i == self.shape.n_layer // 2:
+                backout_BTC = x_BTC
+        return norm(x_BTC - self.backout_lambda[0] * backout_BTC)
+
+    def _smear(self, x_BTC: Tensor) -> Tensor:
+        """Mix into each position but the first a gated share of the one before it."""
+        gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[:, 1:, :SMEAR_GATE_CHANNELS]))
+        mixed_BTC = x_BTC[:, 1:] + self.smear_lambda[0] * gate_BT1 * x_BTC[:, :-1]
+        return torch.cat((x_BTC[:, :1], mixed_BTC), dim=1)
+
+
+def _draw(name: str, out: Tensor, shape: ModelShape, generator: torch.Generator) -> None:
+    """Fill one parameter from its initial distribution; consecutive draws move the generator on."""
+    bound = math.sqrt(3.0 / shape.n_embd)  # uniform with standard deviation 1 / sqrt(C)
+    depth_L = torch.arange(shape.n_layer) / max(shape.n_layer - 1, 1)
+    if name == "resid_lambdas":
+        out.copy_(1.15 - 0.10 * depth_L)
+    elif name == "x0_lambdas":
+        out.copy_(0.20 - 0.15 * depth_L)
+    elif name == "smear_lambda" or name.endswith("c_proj.weight"):
+        out.zero_()
+    elif name == "backout_lambda":
+        out.fill_(BACKOUT_START)
+    elif name == "transformer.wte.weight":
+        out.normal_(0.0, WTE_STD, generator=generator)
+    elif name == "lm_head.weight":
+        out.normal_(0.0, LM_HEAD_STD, generator=generator)
+    elif name.endswith("_gate.weight"):
+        out.uniform_(0.0, GATE_BOUND, generator=generator)
+    elif name.endswith("c_fc.weight"):
+        out.uniform_(-MLP_FC_SCALE * bound, MLP_FC_SCALE * bound, generator=generator)
+    else:
+        out.uniform_(-bound, bound, generator=generator)
