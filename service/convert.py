@@ -6,7 +6,7 @@ Invariant: a spec that goes out comes back in equal: `spec_from_proto(spec_to_pr
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -35,12 +35,13 @@ def seconds(stamp: Timestamp) -> float:
     return stamp.seconds + stamp.nanos / 1e9
 
 
-def state_to_proto(state: JobState | Desired) -> int:
+def state_to_proto(state: JobState | Desired) -> pb.JobState:
     """JOB_STATE_<name>."""
-    return int(pb.JobState.Value(f"JOB_STATE_{state.value}"))
+    # The stubs type an enum's numbers as the enum, and Value's result as int.
+    return cast("pb.JobState", pb.JobState.Value(f"JOB_STATE_{state.value}"))
 
 
-def state_from_proto(number: int) -> JobState:
+def state_from_proto(number: pb.JobState) -> JobState:
     """The inverse; ValueError for UNSPECIFIED and numbers that this version doesn't know."""
     return JobState(pb.JobState.Name(number).removeprefix("JOB_STATE_"))
 

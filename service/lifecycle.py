@@ -148,7 +148,7 @@ class Lifecycle:
             raise JobNotFoundError(f"no job {job_id!r}")
         return view
 
-    async def list(
+    async def page(
         self, states: Collection[JobState], before: int | None, limit: int
     ) -> list[JobView]:
         """Jobs newest first, those submitted before a submission number."""

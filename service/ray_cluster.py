@@ -101,6 +101,7 @@ class RayCluster:
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **self._environment},
             limit=1 << 24,
+            start_new_session=True,  # a Ctrl-C in our terminal is for us alone
         )
         await self._ask(self._agent, CONNECT_TIMEOUT_S, "hello", {})
         return self._agent

@@ -73,6 +73,12 @@ class JobStore:
             rows = await connection.execute(query.order_by(jobs.c.submission.desc()).limit(limit))
             return [JobView(_job(row), _progress(row)) for row in rows]
 
+    async def counts(self) -> dict[JobState, int]:
+        """How many jobs are in each state that any is in."""
+        query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+        async with self._database.read() as connection:
+            return {JobState(state): count for state, count in await connection.execute(query)}
+
     async def view(self, job_id: str) -> JobView | None:
         """One job with its progress and attempts, newest attempt first."""
         query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)

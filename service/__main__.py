@@ -1,0 +1,244 @@
+"""Composition root of the service: reads settings, builds everything, serves until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from service import standalone
+from service.errors import StorageAwayError
+from service.interceptors import Gate
+from service.jobs import Job
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.parts import PartFailedError
+from service.ray_cluster import RayCluster
+from service.reconciler import Reconciler
+from service.reports import RunServicer
+from service.server import Server
+from service.servicer import TrainingServicer
+from service.settings import Settings
+from service.storage import Storage
+from service.store import Database, JobStore, RecordStore
+from trainer.contract.credential import host_key
+from trainer.storage.object_store import StoreError, open_store, probe
+
+STATES_EVERY_S = 2.0
+PROBE_S = 30.0  # a store that has just come up may need a moment
+log = logging.getLogger("everstep")
+
+
+class StartError(Exception):
+    """The service can't start; the message says what to do."""
+
+
+def main() -> None:
+    """`python -m service`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    settings = _settings()
+    try:
+        with _sole_owner(settings.state):
+            asyncio.run(_serve(settings))
+    except (StartError, PartFailedError, StoreError, StorageAwayError) as error:
+        print(f"everstep: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _settings() -> Settings:
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    parser.add_argument("--standalone", action="store_true", default=None)
+    parser.add_argument("--state", type=Path)
+    given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
+    return Settings(**given)
+
+
+@contextlib.contextmanager
+def _sole_owner(state: Path) -> Iterator[None]:
+    """One service a state folder; the lock goes with the process."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StartError(f"another service runs on {state}; see {state}/service.json") from None
+        yield
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    parts = standalone.Standalone(settings.state) if settings.standalone else None
+    if parts is not None:
+        settings = _wired(settings, parts)
+        os.environ.update(parts.wiring.s3_environment)
+        try:
+            await parts.start(log.info)
+        except BaseException:
+            await parts.end()
+            raise
+    try:
+        await _run(settings, parts, stop)
+    finally:
+        if parts is not None and stop.is_set():
+            log.info("taking Ray and SeaweedFS down")
+            await parts.end()
+
+
+def _wired(settings: Settings, parts: standalone.Standalone) -> Settings:
+    """What the embedded default decides, where the user didn't."""
+    wiring = parts.wiring
+    defaults: dict[str, Any] = {
+        "listen": f"127.0.0.1:{wiring.grpc_port}",
+        "metrics_listen": f"127.0.0.1:{wiring.metrics_port}",
+        "storage": f"s3://{standalone.BUCKET}",
+        "ray_address": parts.ray_address,
+        "admin_token": wiring.admin_token,
+        "secret": wiring.secret,
+    }
+    given = settings.model_fields_set
+    return settings.model_copy(
+        update={
+            key: Settings.model_validate({key: value}).model_dump()[key]
+            for key, value in defaults.items()
+            if key not in given
+        }
+    )
+
+
+async def _run(
+    settings: Settings, parts: standalone.Standalone | None, stop: asyncio.Event
+) -> None:
+    if settings.storage is None or settings.ray_address is None:
+        raise StartError("set EVERSTEP_STORAGE and EVERSTEP_RAY_ADDRESS, or use --standalone")
+    if settings.admin_token is None or settings.secret is None:
+        raise StartError("set EVERSTEP_ADMIN_TOKEN and EVERSTEP_SECRET (32 bytes in hex)")
+    secret = bytes.fromhex(settings.secret.get_secret_value())
+    store = open_store(settings.storage)
+    await _probe(store)
+    database = await Database.open(settings.state / "everstep.db")
+    jobs, records = JobStore(database), RecordStore(database)
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    cluster = RayCluster(settings.ray_address, parts.ray_environment if parts else {})
+    address = settings.advertise or settings.listen
+    cache = (settings.cache or settings.state / "cache").resolve()
+
+    def host_config(job: Job) -> dict[str, Any]:
+        resources = job.spec.resources
+        return {
+            "job_id": job.id,
+            "host_number": job.host_number,
+            "storage_uri": settings.storage,
+            "cache_dir": str(cache),
+            "service_address": address,
+            "service_ca": None,
+            "host_key": host_key(secret, job.id, job.host_number),
+            "num_workers": resources.workers.min,
+            "gpus_per_worker": resources.gpus_per_worker,
+            "cpus_per_worker": resources.cpus_per_worker,
+        }
+
+    reconciler = Reconciler(jobs, records, cluster, metrics, host_config)
+    storage = Storage(store)
+    lifecycle = Lifecycle(database, storage, lambda: reconciler.capacity, reconciler.wake)
+    gate = Gate(settings.admin_token.get_secret_value(), secret, metrics)
+    server = Server(
+        gate,
+        TrainingServicer(lifecycle, storage),
+        RunServicer(jobs, records, metrics, reconciler.directive),
+    )
+    host, _, _port = settings.listen.rpartition(":")
+    try:
+        bound = await server.start(settings.listen)
+    except RuntimeError as error:
+        raise StartError(f"{settings.listen} can't be listened on; is it taken? {error}") from error
+    address = settings.advertise or f"{host}:{bound}"
+    metrics_url = _serve_metrics(settings.metrics_listen, registry)
+    _announce(settings, parts, address, metrics_url)
+    background = [
+        asyncio.create_task(reconciler.run()),
+        asyncio.create_task(_count_states(jobs, metrics)),
+    ]
+    if parts is not None:
+        background.append(asyncio.create_task(parts.supervise(cluster.close)))
+    try:
+        await stop.wait()
+        log.info("stopping")
+        if parts is not None:
+            log.info("checkpointing what runs")
+            await reconciler.suspend()
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await server.stop()
+        await cluster.close()
+        await database.close()
+        (settings.state / "service.json").unlink(missing_ok=True)
+
+
+async def _probe(store: Any) -> None:
+    """Refuse a store that can't do what checkpoints need, before anything relies on it."""
+    deadline = time.monotonic() + PROBE_S
+    while True:
+        try:
+            return await asyncio.to_thread(probe, store)
+        except StoreError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.2)
+
+
+def _serve_metrics(listen: str, registry: CollectorRegistry) -> str:
+    host, _, port = listen.rpartition(":")
+    try:
+        server, _ = start_http_server(int(port), host, registry)
+    except OSError as error:
+        raise StartError(f"{listen} can't be listened on for /metrics: {error}") from error
+    return f"http://{host}:{server.server_port}/metrics"
+
+
+async def _count_states(jobs: JobStore, metrics: Metrics) -> None:
+    while True:
+        metrics.set_states(await jobs.counts())
+        await asyncio.sleep(STATES_EVERY_S)
+
+
+def _announce(
+    settings: Settings, parts: standalone.Standalone | None, address: str, metrics_url: str
+) -> None:
+    assert settings.admin_token is not None
+    standalone.write_secret(
+        settings.state / "token", settings.admin_token.get_secret_value() + "\n"
+    )
+    standalone.write_service_file(
+        settings.state / "service.json",
+        {
+            "address": address,
+            "metrics_url": metrics_url,
+            "s3_endpoint": parts.wiring.s3_endpoint
+            if parts
+            else os.environ.get("AWS_ENDPOINT_URL_S3"),
+            "bucket": standalone.BUCKET if parts else settings.storage,
+            "pid": os.getpid(),
+        },
+    )
+    print(f"everstep: ready at {address}, metrics at {metrics_url}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What every call passes through: authentication, timing, and the one table error -> gRPC status.
+
+Invariant: a method without a rule in RULES is refused, and no exception reaches a client as itself:
+what the table doesn't hold becomes INTERNAL with a number to look up in the log.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from service import errors
+from service.metrics import Metrics
+from trainer.contract.credential import AttemptIdentity, BadCredentialError, check_credential
+from trainer.contract.violations import SpecError
+
+DOMAIN = "everstep"
+BEARER = "bearer "
+OPEN = "open"
+ADMIN = "admin"
+ATTEMPT = "attempt"
+TRAINING = "/everstep.v1.TrainingService/"
+
+# Who may call what. health and reflection tell nothing that is not in the public .proto.
+RULES: dict[str, str] = {
+    TRAINING: ADMIN,
+    "/everstep.v1.RunService/": ATTEMPT,
+    "/grpc.health.v1.Health/": OPEN,
+    "/grpc.reflection.v1alpha.ServerReflection/": OPEN,
+    "/grpc.reflection.v1.ServerReflection/": OPEN,
+}
+
+STATUSES: list[tuple[type[Exception], grpc.StatusCode]] = [
+    (SpecError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.JobNotFoundError, grpc.StatusCode.NOT_FOUND),
+    (errors.RequestReusedError, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.StaleAttemptError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.StorageAwayError, grpc.StatusCode.UNAVAILABLE),
+    (errors.ClusterAwayError, grpc.StatusCode.UNAVAILABLE),
+    (errors.UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
+]
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+caller: ContextVar[AttemptIdentity | None] = ContextVar("caller", default=None)
+log = logging.getLogger(__name__)
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Lets a call in, times it, and words its errors."""
+
+    def __init__(self, admin_token: str, secret: bytes, metrics: Metrics) -> None:
+        self._admin_token = admin_token
+        self._secret = secret
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the method's handler."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        if handler.response_streaming:
+            return _rebuild(handler, self._streaming(method, handler))
+        return _rebuild(handler, self._unary(method, handler))
+
+    def _unary(self, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
+        inner = handler.stream_unary or handler.unary_unary
+
+        async def call(request: Any, context: Context) -> Any:
+            with self._timed(method) as outcome:
+                try:
+                    caller.set(self._admit(method, context))
+                    return await inner(request, context)
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    status = describe(error)
+                    outcome["code"] = status[0].name
+                    await _abort(context, *status)
+
+        return call
+
+    def _streaming(self, method: str, handler: Any) -> Callable[..., AsyncIterator[Any]]:
+        inner = handler.stream_stream or handler.unary_stream
+
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            code = "OK"
+            try:
+                caller.set(self._admit(method, context))
+                async for response in inner(request, context):
+                    yield response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                status = describe(error)
+                code = status[0].name
+                await _abort(context, *status)
+            finally:
+                self._metrics.rpcs.labels(method=method, code=code).inc()
+
+        return call
+
+    @contextmanager
+    def _timed(self, method: str) -> Iterator[dict[str, str]]:
+        began = time.monotonic()
+        outcome = {"code": "OK"}
+        try:
+            yield outcome
+        finally:
+            labels = {"method": method, "code": outcome["code"]}
+            self._metrics.rpcs.labels(**labels).inc()
+            self._metrics.rpc_seconds.labels(**labels).observe(time.monotonic() - began)
+
+    def _admit(self, method: str, context: Context) -> AttemptIdentity | None:
+        rule = RULES.get(method[: method.rfind("/") + 1])
+        if rule == OPEN:
+            return None
+        metadata = dict(context.invocation_metadata() or ())
+        header = metadata.get("authorization", "")
+        text = header.decode(errors="replace") if isinstance(header, bytes) else header
+        if not text.lower().startswith(BEARER):
+            raise errors.UnauthenticatedError("needs a bearer token (EVERSTEP_TOKEN)")
+        token = text[len(BEARER) :].strip()
+        if rule == ATTEMPT:
+            try:
+                return check_credential(self._secret, token)
+            except BadCredentialError as error:
+                raise errors.UnauthenticatedError(f"the credential is {error}") from error
+        if not hmac.compare_digest(token.encode(), self._admin_token.encode()):
+            raise errors.UnauthenticatedError("the token is not one of this service's")
+        if rule != ADMIN:
+            raise errors.ForbiddenError(f"no rule allows {method}")
+        return None
+
+
+def _rebuild(handler: Any, behaviour: Any) -> Any:
+    """A handler of the same shape around another behaviour."""
+    shape = ("stream" if handler.request_streaming else "unary") + (
+        "_stream" if handler.response_streaming else "_unary"
+    )
+    build = getattr(grpc, f"{shape}_rpc_method_handler")
+    return build(
+        behaviour,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+async def _abort(context: Context, code: grpc.StatusCode, message: str, details: list[Any]) -> None:
+    """End the call with a status and its google.rpc details."""
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    rich = rpc_status.to_status(status)
+    await context.abort(code, message, rich.trailing_metadata)
+
+
+def describe(error: Exception) -> tuple[grpc.StatusCode, str, list[Any]]:
+    """Status, message and google.rpc details of an error."""
+    for kind, code in STATUSES:
+        if isinstance(error, kind):
+            if isinstance(error, SpecError):
+                return code, f"the spec is refused: {error}", [_bad_request(error)]
+            assert isinstance(error, errors.ServiceError)
+            info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+            return code, str(error), [info]
+    number = secrets.token_hex(4)
+    log.error("internal error %s", number, exc_info=error)
+    return grpc.StatusCode.INTERNAL, f"internal error; number {number} in the service's log", []
+
+
+def _bad_request(error: SpecError) -> error_details_pb2.BadRequest:
+    return error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(
+                field=violation.field, description=violation.describe()
+            )
+            for violation in error.violations
+        ]
+    )

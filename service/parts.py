@@ -1,0 +1,197 @@
+"""Processes that the embedded default starts beside the service: found again, supervised, ended.
+
+A part outlives the service that started it. Its pid and start time are on disk, and every process
+that it starts inherits a mark in its environment, so that a later service finds the part again and
+`end` finds all that is left of it, by pid, never by name.
+
+Invariant: after `end` returns, no process with the part's mark is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARK = "EVERSTEP_PART"
+END_GRACE_S = 8.0
+POLL_S = 0.5
+BACKOFF_S = 2.0
+GRPC_OFFSET = 10_000  # SeaweedFS derives gRPC ports; we keep both free
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """How a part is started, and when it is ready."""
+
+    arguments: Sequence[str]
+    environment: dict[str, str]
+    ready: Callable[[], Awaitable[bool]]
+
+
+class PartFailedError(RuntimeError):
+    """A part did not start: its log says why."""
+
+
+class Part:
+    """One supervised process tree."""
+
+    def __init__(self, name: str, folder: Path, command: Command) -> None:
+        """folder: where pid file and log lie; its path is part of the mark."""
+        self.name = name
+        self._command = command
+        self._pid_file = folder / f"{name}.pid.json"
+        self._log = folder / f"{name}.log"
+        self._mark = f"{folder.resolve()}:{name}"
+        self._child: subprocess.Popen[bytes] | None = None
+
+    async def start(self, timeout_s: float) -> bool:
+        """Adopt the part if it runs and is ready, else start it. Whether it was adopted.
+
+        Raises:
+            PartFailedError: it ended, or was not ready in time.
+        """
+        if self.alive() and await self._is_ready(END_GRACE_S):
+            return True
+        await self.end()
+        self._launch()
+        if not await self._is_ready(timeout_s):
+            await self.end()
+            raise PartFailedError(
+                f"{self.name} did not start within {timeout_s:.0f} s: {self._tail()}"
+            )
+        return False
+
+    def alive(self) -> bool:
+        """Whether the process that we started is still that process."""
+        if self._child is not None:
+            return self._child.poll() is None
+        try:
+            known = json.loads(self._pid_file.read_text())
+            process = psutil.Process(known["pid"])
+            return (
+                process.create_time() == known["started"]
+                and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except (OSError, ValueError, KeyError, psutil.Error):
+            return False
+
+    async def end(self) -> None:
+        """End the part and all it started: politely, then by force."""
+        for kill in (False, True):
+            found = self._processes()
+            for process in found:
+                with contextlib.suppress(psutil.Error):
+                    process.kill() if kill else process.terminate()
+            deadline = asyncio.get_running_loop().time() + END_GRACE_S
+            while self._processes() and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(0.05)
+            if not self._processes():
+                break
+        if self._child is not None:
+            await asyncio.to_thread(self._child.wait)
+            self._child = None
+        self._pid_file.unlink(missing_ok=True)
+
+    async def supervise(self, revived: Callable[[], Awaitable[None]]) -> None:
+        """Bring the part back when it dies, for ever; revived is called each time it is back."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            if self.alive():
+                continue
+            log.warning("%s is gone; starting it again", self.name)
+            try:
+                await self.start(timeout_s=60)
+            except PartFailedError as error:
+                log.error("%s", error)
+                await asyncio.sleep(BACKOFF_S)
+                continue
+            await revived()
+
+    def _launch(self) -> None:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as output:
+            self._child = subprocess.Popen(
+                self._command.arguments,
+                env={**self._command.environment, MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a Ctrl-C in our terminal is for us to pass on
+            )
+        started = psutil.Process(self._child.pid).create_time()
+        self._pid_file.write_text(json.dumps({"pid": self._child.pid, "started": started}))
+
+    async def _is_ready(self, timeout_s: float) -> bool:
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while asyncio.get_running_loop().time() < deadline and self.alive():
+            if await self._command.ready():
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
+    def _processes(self) -> list[psutil.Process]:
+        """Every living process with our mark."""
+        if self._child is not None:
+            self._child.poll()  # reap, or it stays a zombie with our mark
+        found = []
+        for process in psutil.process_iter():
+            try:
+                marked = process.environ().get(MARK) == self._mark
+                if marked and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue  # gone, or somebody else's
+        return found
+
+    def _tail(self) -> str:
+        try:
+            lines = self._log.read_text(errors="replace").splitlines()[-3:]
+        except OSError:
+            lines = []
+        return " | ".join(lines) or "no output"
+
+
+def free_ports(count: int, pair_offset: int = 0) -> list[int]:
+    """Distinct ports free on loopback now; with pair_offset, port + offset is free too."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            one = held.enter_context(socket.socket())
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            if pair_offset:
+                if port + pair_offset > 65_535:
+                    continue
+                other = held.enter_context(socket.socket())
+                try:
+                    other.bind(("127.0.0.1", port + pair_offset))
+                except OSError:
+                    continue
+            found.append(port)
+    return found
+
+
+async def accepts(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something listens there."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 1.0)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+def plain_environment() -> dict[str, str]:
+    """Our environment without what belongs to one process alone."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "EVERSTEP_"))}

@@ -1,0 +1,240 @@
+"""Moves what is towards what is wanted: the one reviver of hosts, the one starter of jobs.
+
+Each tick reads the jobs that are not final and the hosts that Ray knows, and takes at most one step
+with each job. Nothing is remembered between ticks but when a stop was asked for, so the service may
+die at any line: the next tick of the next service goes on.
+
+Invariant: a job has at most one host that counts, the one with its host_number; any other is
+killed. A host is only given up for dead when the cluster answers and doesn't know it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from everstep.v1 import everstep_pb2 as pb
+from service import events
+from service.errors import ClusterAwayError
+from service.jobs import Desired, Job
+from service.metrics import Metrics
+from service.ray_cluster import HostStatus, RayCluster
+from service.scheduler import Capacity, decide
+from service.store import JobStore, RecordStore
+from trainer.contract.outcome import AttemptResult, Outcome, Policy
+from trainer.contract.states import JobState
+
+TICK_S = 1.0
+STOP_GRACE_S = 120.0  # from a stop's request to the hard stop: one step, one checkpoint
+SUSPEND_GRACE_S = 90.0  # the same when the service takes the cluster down with it
+log = logging.getLogger(__name__)
+
+# What a job becomes when its attempt stopped as asked.
+STOPPED_AS: dict[Desired, JobState] = {
+    Desired.CANCELLED: JobState.CANCELLED,
+    Desired.PAUSED: JobState.PAUSED,
+    Desired.RUNNING: JobState.QUEUED,  # the cluster goes down, or somebody needs the place
+}
+
+
+class Reconciler:
+    """Runs until cancelled. `wake` makes it look at once."""
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        records: RecordStore,
+        cluster: RayCluster,
+        metrics: Metrics,
+        host_config: Callable[[Job], dict[str, Any]],
+    ) -> None:
+        """host_config: what the host of a job is told."""
+        self._jobs = jobs
+        self._records = records
+        self._cluster = cluster
+        self._metrics = metrics
+        self._host_config = host_config
+        self._awake = asyncio.Event()
+        self._stop_asked: dict[str, float] = {}  # job id -> monotonic time
+        self._suspending = False
+        self.capacity: Capacity | None = None
+
+    def wake(self) -> None:
+        """Look now instead of at the next tick."""
+        self._awake.set()
+
+    def directive(self, job: Job) -> pb.Directive:
+        """What the attempt of a job should be told."""
+        if self._suspending or job.desired is not Desired.RUNNING:
+            return pb.DIRECTIVE_STOP
+        return pb.DIRECTIVE_UNSPECIFIED
+
+    async def run(self) -> None:
+        """Tick for ever."""
+        while True:
+            self._awake.clear()
+            try:
+                await self.tick()
+            except ClusterAwayError as error:
+                self._metrics.cluster_up.set(0)
+                log.warning("%s", error)
+            except Exception:
+                # The loop must outlive any single failure; the next tick starts from the facts.
+                log.exception("a reconciliation failed")
+            try:
+                await asyncio.wait_for(self._awake.wait(), TICK_S)
+            except TimeoutError:
+                continue
+
+    async def suspend(self) -> None:
+        """Checkpoint and queue every active job, for the cluster is about to go down."""
+        self._suspending = True
+        self.wake()
+        deadline = time.monotonic() + SUSPEND_GRACE_S
+        while time.monotonic() < deadline:
+            if not any(job.holds_resources for job in await self._jobs.unfinished()):
+                return
+            await asyncio.sleep(0.1)
+        log.warning(
+            "jobs did not stop within %.0f s; they go on from earlier checkpoints", SUSPEND_GRACE_S
+        )
+
+    async def tick(self) -> None:
+        """One look at everything; ClusterAwayError where Ray doesn't answer."""
+        jobs = await self._jobs.unfinished()
+        for job in jobs:
+            if not job.holds_resources:
+                await self._settle_idle(job)
+        self.capacity = await self._cluster.capacity()
+        hosts = await self._cluster.hosts()
+        self._metrics.cluster_up.set(1)
+        # Read again: a host is younger than the job that it belongs to.
+        jobs = await self._jobs.unfinished()
+        by_name = {(host.job_id, host.host_number): host for host in hosts}
+        wanted = {(job.id, job.host_number) for job in jobs if job.holds_resources}
+        for key in by_name.keys() - wanted:
+            await self._cluster.kill_host(*key)
+        for job in jobs:
+            if job.holds_resources:
+                await self._settle_active(job, by_name.get((job.id, job.host_number)))
+        await self._schedule()
+
+    async def _settle_idle(self, job: Job) -> None:
+        match job.state, job.desired:
+            case _, Desired.CANCELLED:
+                await self._move(job, JobState.CANCELLED, "cancelled while it held no resources")
+            case JobState.QUEUED, Desired.PAUSED:
+                await self._move(job, JobState.PAUSED, "paused while it waited")
+            case JobState.PAUSED, Desired.RUNNING:
+                await self._move(job, JobState.QUEUED, "resumed; waits to be scheduled")
+
+    async def _settle_active(self, job: Job, host: HostStatus | None) -> None:
+        if host is None:
+            await self._without_host(job)
+            return
+        if not host.answered:
+            return
+        results = [AttemptResult.from_dict(result) for result in host.results]
+        failed = await self._note_ends(job, results)
+        if host.finished:
+            await self._cluster.kill_host(job.id, job.host_number)
+            await self._conclude(job, results[-1])
+        elif job.desired is not Desired.RUNNING or self._suspending:
+            await self._press_stop(job)
+        elif failed and job.state is JobState.RUNNING:
+            last = results[-1]
+            reason = f"attempt {last.attempt} ended ({last.outcome}); the next one starts"
+            await self._move(job, JobState.STARTING, reason)
+
+    async def _without_host(self, job: Job) -> None:
+        """The cluster answers and doesn't know the host: it died, or was never started."""
+        if job.desired is not Desired.RUNNING or self._suspending:
+            reason = "stopped when its host was already gone; the last committed checkpoint stands"
+            await self._move(job, STOPPED_AS[job.desired], reason)
+            return
+        if job.host_number:
+            self._metrics.restarts.labels(
+                job_id=job.id, job_name=job.spec.name, cause="HOST_LOST"
+            ).inc()
+        await self._start(job, "its host is gone; another one starts")
+
+    async def _conclude(self, job: Job, last: AttemptResult) -> None:
+        """The host is done: so is the job, unless it was set aside."""
+        self._stop_asked.pop(job.id, None)
+        if last.outcome is Outcome.COMPLETED:
+            await self._move(job, JobState.SUCCEEDED, last.message, last.step)
+        elif last.outcome is Outcome.STOPPED or job.desired is Desired.CANCELLED:
+            await self._move(job, STOPPED_AS[job.desired], last.message, last.step)
+        elif self._suspending and last.policy is Policy.RESTART:
+            await self._move(job, JobState.QUEUED, last.message, last.step)
+        else:
+            budget = "restart budget spent; " if last.policy is Policy.RESTART else ""
+            reason = f"{budget}{last.outcome}: {last.message}"
+            await self._move(job, JobState.FAILED, reason, last.step)
+
+    async def _note_ends(self, job: Job, results: list[AttemptResult]) -> bool:
+        """Record how attempts ended, each once; whether the newest of them is news."""
+        news = False
+        for result in results:
+            now = time.time()
+            record = events.attempt_ended(
+                result.attempt, result.outcome, result.message, result.step, now
+            )
+            news = await self._jobs.end_attempt(
+                job.id, result.attempt, result.outcome, result.message, now, record
+            )
+            if news and result.policy is Policy.RESTART:
+                labels = {
+                    "job_id": job.id,
+                    "job_name": job.spec.name,
+                    "cause": result.outcome.value,
+                }
+                self._metrics.restarts.labels(**labels).inc()
+        return news
+
+    async def _press_stop(self, job: Job) -> None:
+        """The directive goes with the next report, the host starts nothing new; then by force."""
+        asked = self._stop_asked.get(job.id)
+        if asked is None:
+            self._stop_asked[job.id] = time.monotonic()
+            await self._cluster.stop_host(job.id, job.host_number)
+        elif time.monotonic() - asked > STOP_GRACE_S:
+            await self._cluster.kill_host(job.id, job.host_number)
+            self._stop_asked.pop(job.id)
+            reason = f"stopped by force after {STOP_GRACE_S:.0f} s without an answer"
+            await self._move(job, STOPPED_AS[job.desired], reason)
+
+    async def _schedule(self) -> None:
+        if self._suspending or self.capacity is None:
+            return
+        jobs = await self._jobs.unfinished()
+        queued = [
+            job for job in jobs if job.state is JobState.QUEUED and job.desired is Desired.RUNNING
+        ]
+        holding = [job for job in jobs if job.holds_resources]
+        decision = decide(queued, holding, self.capacity)
+        for job in queued:
+            reason = decision.waiting.get(job.id)
+            if reason is not None and reason != job.reason:
+                await self._jobs.change(job, replace(job, reason=reason))
+        for job in decision.start:
+            await self._start(job, "its resources are free; workers start")
+
+    async def _start(self, job: Job, reason: str) -> None:
+        """Number the next host first, then start it: a crash in between costs one number."""
+        if job.state is not JobState.STARTING:
+            job = job.moved(JobState.STARTING, reason, time.time())
+        numbered = replace(job, host_number=job.host_number + 1, reason=reason)
+        stored = await self._jobs.change(job, numbered, events.state_changed(numbered, time.time()))
+        if stored is not None:
+            await self._cluster.start_host(self._host_config(stored))
+
+    async def _move(self, job: Job, to: JobState, reason: str, step: int = 0) -> None:
+        moved = job.moved(to, reason, time.time())
+        await self._jobs.change(job, moved, events.state_changed(moved, time.time(), step))
+        if moved.is_final:
+            self._metrics.forget_later(job.id)
