@@ -34,7 +34,7 @@ from trainer.storage.tokenizer_files import DESCRIPTION, write_tokenizer_files
 NAME = "python-docs"
 FORMAT = "1"  # part of the digest: changes when the same Python would give other shards
 TRAINING_SHARDS = 8
-ROW_GROUPS = 4  # of each shard
+ROW_GROUPS = 2  # of each shard; few, since packing loses most at a row group's end
 MARKER = "corpus.json"
 DEFAULT_VOCAB = 2048
 MIN_DOCUMENT_CHARS = 40  # shorter ones say nothing
@@ -88,7 +88,9 @@ def collect() -> list[str]:
 
 def corpus_digest(documents: Sequence[str]) -> str:
     """Digest of the shards' bytes, as far as they depend on more than the code here."""
-    digest = hashlib.sha256(f"{FORMAT} pyarrow {pa.__version__}\n".encode())
+    digest = hashlib.sha256(
+        f"{FORMAT} {TRAINING_SHARDS} x {ROW_GROUPS}, pyarrow {pa.__version__}\n".encode()
+    )
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ Shapes: B rows a micro-step on one rank, T tokens of context, R rows.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from dataclasses import dataclass
@@ -215,17 +216,18 @@ class Prefetcher:
 
     def next_step(self) -> StepBatch:
         """As Loader.next_step, whose errors are raised here, now and at every later call."""
-        if self._stop.is_set():
-            raise PrefetcherClosedError("the prefetcher is closed")
-        if self._failure is None:
-            item = self._ready.get()
-            if isinstance(item, StepBatch):
-                return item
-            self._failure = item
+        while self._failure is None:
+            if self._stop.is_set():
+                raise PrefetcherClosedError("the prefetcher is closed")
+            with contextlib.suppress(queue.Empty):
+                item = self._ready.get(timeout=POLL_S)
+                if isinstance(item, StepBatch):
+                    return item
+                self._failure = item
         raise self._failure
 
     def close(self) -> None:
-        """Stop and join the thread. Safe to repeat."""
+        """Stop and join the thread, after the step that it is preparing. Safe to repeat."""
         self._stop.set()
         self._thread.join()
 

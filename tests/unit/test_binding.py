@@ -1,0 +1,177 @@
+"""Binding data at submit, and noticing that it changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.fakes.corpus import CORPUS, TOKENIZER, parquet, reader_of, write_corpus
+from trainer.data.shards import ShardFormatError
+from trainer.storage.binding import (
+    BindingError,
+    DataBinding,
+    DataChangedError,
+    bind,
+    check_unchanged,
+    read_bound_tokenizer,
+)
+from trainer.storage.object_store import open_store
+
+SHARDS = [[["one", "two"], ["three"]], [["four"]], [["five"]]]
+
+
+def test_shards_are_bound_by_name_with_the_last_to_validate() -> None:
+    binding = bind(f"file:{CORPUS}", f"file:{TOKENIZER}", "last")
+    assert [shard.name for shard in binding.shards] == [
+        f"shard_0000{index}.parquet" for index in range(3)
+    ]
+    assert binding.validation.name == "shard_00003.parquet"
+    assert binding.validation.size_bytes == (CORPUS / "shard_00003.parquet").stat().st_size
+    assert (binding.tokenizer.format, binding.tokenizer.vocab_size) == ("nanochat", 768)
+    assert DataBinding.model_validate_json(binding.model_dump_json()) == binding
+    check_unchanged(binding, open_store(binding.source))
+
+
+def test_a_named_shard_validates_and_does_not_train() -> None:
+    binding = bind(f"file:{CORPUS}", f"file:{TOKENIZER}", "shard_00001.parquet")
+    assert binding.validation.name == "shard_00001.parquet"
+    assert "shard_00001.parquet" not in {shard.name for shard in binding.shards}
+
+
+@pytest.mark.parametrize(
+    ("files", "validation", "field", "reason"),
+    [
+        (None, "last", "data.source", "no such folder"),
+        ({}, "last", "data.source", "no such folder, or it is empty"),
+        ({"a.txt": b"x"}, "last", "data.source", "no .parquet"),
+        ({"a.parquet": parquet([["x"]])}, "last", "data.source", "one shard"),
+        ({"a.parquet": b"x", "b.parquet": b"y" * 99}, "last", "data.source", "a.parquet is not"),
+        (
+            {"a.parquet": parquet([["x"]]), "b.parquet": parquet([["x"]])[:-3]},
+            "last",
+            "data.source",
+            "b.parquet is not",
+        ),
+        (
+            {"a.parquet": parquet([["x"]]), "b.parquet": b"PAR1\xff\xff\xff\x7fPAR1"},
+            "last",
+            "data.source",
+            "footer is longer",
+        ),
+        (
+            {"a.parquet": parquet([["x"]]), "b.parquet": parquet([["x"]])},
+            "c.parquet",
+            "data.validation",
+            "not one of the 2 shards",
+        ),
+    ],
+)
+def test_what_cannot_be_bound_is_refused_with_field_value_and_reason(
+    tmp_path: Path, files: dict[str, bytes] | None, validation: str, field: str, reason: str
+) -> None:
+    source = tmp_path / "source"
+    if files is not None:
+        source.mkdir()
+        for name, content in files.items():
+            (source / name).write_bytes(content)
+    with pytest.raises(BindingError, match=reason) as caught:
+        bind(f"file:{source}", f"file:{TOKENIZER}", validation)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: {caught.value.value!r}: ")
+
+
+def test_a_missing_tokenizer_and_a_strange_address_name_their_fields(tmp_path: Path) -> None:
+    with pytest.raises(BindingError, match=r"data\.tokenizer: .*neither"):
+        bind(f"file:{CORPUS}", f"file:{tmp_path}/none", "last")
+    with pytest.raises(BindingError, match=r"data\.source: 'builtin:x': must be"):
+        bind("builtin:x", f"file:{TOKENIZER}", "last")
+
+
+def test_a_long_footer_is_read_whole(tmp_path: Path) -> None:
+    # Over 64 KiB of column names: more than the first read takes.
+    table = pa.table({f"column {'x' * 60} {index}": [1] for index in range(600)})
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(table, tmp_path / name)
+    binding = bind(f"file:{tmp_path}", f"file:{TOKENIZER}", "last")
+    assert binding.shards[0].footer_sha256 == binding.validation.footer_sha256
+
+
+def test_added_shards_are_ignored_and_changes_are_named(tmp_path: Path) -> None:
+    binding = write_corpus(tmp_path / "data", SHARDS)
+    store = open_store(binding.source)
+    (tmp_path / "data" / "shard_9.parquet").write_bytes(parquet([["new"]]))
+    check_unchanged(binding, store)
+
+    (tmp_path / "data" / "shard_0.parquet").unlink()
+    (tmp_path / "data" / "shard_1.parquet").write_bytes(parquet([["longer", "than", "it was"]]))
+    changed = parquet([["fivf"]])
+    assert len(changed) == binding.validation.size_bytes
+    (tmp_path / "data" / "shard_2.parquet").write_bytes(changed)
+    with pytest.raises(DataChangedError) as caught:
+        check_unchanged(binding, store)
+    said = str(caught.value)
+    assert "shard_0.parquet has vanished" in said
+    assert "shard_1.parquet has changed" in said
+    assert "shard_2.parquet has changed (its footer differs)" in said
+
+
+@pytest.mark.parametrize("change", ["vanish", "resize", "rewrite", "tear"])
+def test_a_changed_shard_is_refused_before_it_is_read(tmp_path: Path, change: str) -> None:
+    binding = write_corpus(tmp_path / "data", SHARDS)
+    path = tmp_path / "data" / "shard_1.parquet"
+    match change:
+        case "vanish":
+            path.unlink()
+        case "resize":
+            path.write_bytes(parquet([["four", "and more"]]))
+        case "rewrite":
+            path.write_bytes(parquet([["fout"]]))
+        case "tear":
+            path.write_bytes(b"\0" * path.stat().st_size)
+    reader = reader_of(binding, tmp_path / "cache")
+    assert reader.texts(binding.shards[0], 1) == ["three"]
+    with pytest.raises(DataChangedError, match=r"shard_1.parquet has"):
+        reader.texts(binding.shards[1], 0)
+    reader.close()
+
+
+def test_a_shard_without_text_is_refused(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        (tmp_path / name).write_bytes(parquet([["x"]], column="body"))
+    binding = bind(f"file:{tmp_path}", f"file:{TOKENIZER}", "last")
+    reader = reader_of(binding, tmp_path / "cache")
+    with pytest.raises(ShardFormatError, match=r"a\.parquet has no column 'text'"):
+        reader.texts(binding.shards[0], 0)
+
+
+def test_a_corrupt_page_is_an_error_with_the_row_group(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_corpus(folder, SHARDS)
+    raw = bytearray((folder / "shard_0.parquet").read_bytes())
+    raw[4:60] = b"\xff" * 56  # page headers, right after the magic
+    (folder / "shard_0.parquet").write_bytes(raw)
+    binding = bind(f"file:{folder}", f"file:{TOKENIZER}", "last")
+    reader = reader_of(binding, tmp_path / "cache")
+    with pytest.raises(ShardFormatError, match=r"shard_0\.parquet row group 0"):
+        reader.texts(binding.shards[0], 0)
+    reader.close()
+
+
+def test_absent_and_empty_documents_are_left_out(tmp_path: Path) -> None:
+    binding = write_corpus(tmp_path / "data", [[["a", None, "", "b"]], [["c"]]])
+    reader = reader_of(binding, tmp_path / "cache")
+    assert reader.texts(binding.shards[0], 0) == ["a", "b"]
+    reader.close()
+
+
+def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
+    binding = bind(f"file:{CORPUS}", f"file:{TOKENIZER}", "last")
+    other = binding.tokenizer.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(DataChangedError, match="has changed"):
+        read_bound_tokenizer(other)
+    gone = binding.tokenizer.model_copy(update={"uri": f"file:{tmp_path}"})
+    with pytest.raises(DataChangedError, match="neither"):
+        read_bound_tokenizer(gone)
