@@ -34,6 +34,7 @@ class SeaweedFS:
     access_key: str
     secret_key: str
     process: subprocess.Popen[bytes]
+    ports: list[int]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -68,6 +69,9 @@ def seaweedfs(folder: Path, bucket: str = "everstep") -> Iterator[SeaweedFS]:
         finally:
             server.process.kill()  # its data is thrown away; a graceful stop takes seconds
             server.process.wait()
+            for port in server.ports:  # it makes its sockets in /tmp whatever it is told
+                for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                    left.unlink(missing_ok=True)
         if last_try:
             raise RuntimeError(f"SeaweedFS did not start; see {folder}/weed.log")
 
@@ -86,7 +90,6 @@ def _launch(folder: Path, bucket: str) -> SeaweedFS:
         "-ip.bind=127.0.0.1",
         f"-dir={folder}",
         f"-bucket={bucket}",
-        f"-s3.localSocket={folder}/s3.sock",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-s3.autoCreateBucket=false",
@@ -106,7 +109,7 @@ def _launch(folder: Path, bucket: str) -> SeaweedFS:
             env={"PATH": os.environ.get("PATH", ""), "HOME": str(folder), **keys},
         )
     endpoint = f"http://127.0.0.1:{ports[0]}"
-    return SeaweedFS(endpoint, bucket, *keys.values(), process)
+    return SeaweedFS(endpoint, bucket, *keys.values(), process, ports)
 
 
 def _ready(server: SeaweedFS) -> bool:

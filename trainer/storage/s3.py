@@ -63,7 +63,7 @@ class Patience:
     """How long a call may take when nothing answers: about attempts x timeout."""
 
     connect_s: float = 3.0
-    read_s: float = 15.0
+    read_s: float = 10.0
     attempts: int = 3
 
 
