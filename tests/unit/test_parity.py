@@ -73,6 +73,15 @@ def off(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The recording used one thread, and a second is slower at this size when cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def native() -> NanochatCheckpoint:
     return read_nanochat(RECORDED / "native", 15)
