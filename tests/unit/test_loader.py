@@ -99,6 +99,9 @@ def test_data_without_a_whole_row_ends_in_an_error(tmp_path: Path) -> None:
         loader(binding, tmp_path).next_step()
     with pytest.raises(EmptyDataError):
         loader(binding, tmp_path, position=Position(5, 1, 1, 0)).next_step()
+    hollow = write_corpus(tmp_path / "hollow", [[], [], [[LINE]]])  # no row group at all
+    with pytest.raises(EmptyDataError):
+        loader(hollow, tmp_path).next_step()
 
 
 def test_shards_and_row_groups_without_a_row_are_passed_over(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -101,25 +101,23 @@ class RowSequence:
             if position.shard >= len(self._reader.binding.shards):
                 position = Position(position.epoch + 1)
             rows = self._rows(position)
-            if rows is None:
-                position = Position(position.epoch, position.shard + 1)
-                continue
-            here = rows[position.row : position.row + missing]
-            if len(here):
+            here = rows[position.row : position.row + missing] if rows is not None else None
+            if here is not None and len(here):
                 taken.append(here)
                 missing -= len(here)
-                position = Position(
-                    position.epoch, position.shard, position.row_group, position.row + len(here)
-                )
+                position = replace(position, row=position.row + len(here))
                 empty_since = None
+                continue
+            empty_since = empty_since or position
+            # Two epochs on, every row group has been seen from its first row.
+            if position.epoch - empty_since.epoch >= 2:
+                raise EmptyDataError(
+                    f"{self._reader.binding.source} has no row of {self._T + 1} tokens in any "
+                    "row group"
+                )
+            if rows is None:
+                position = Position(position.epoch, position.shard + 1)
             else:
-                empty_since = empty_since or position
-                # Two epochs on, every row group has been seen from its first row.
-                if position.epoch - empty_since.epoch >= 2:
-                    raise EmptyDataError(
-                        f"{self._reader.binding.source} has no row of {self._T + 1} tokens in any "
-                        "row group"
-                    )
                 position = Position(position.epoch, position.shard, position.row_group + 1)
         return np.concatenate(taken), position
 
