@@ -128,6 +128,7 @@ class Lifecycle:
             request_sha256=request_sha256,
             created_at=now,
         )
+        fork = resolved.plan.fork
         # First the document: a job whose spec can't be stored must not be in the queue.
         await self._storage.save_document(
             JobDocument(
@@ -135,6 +136,7 @@ class Lifecycle:
                 spec=resolved.spec.to_dict(),
                 binding=resolved.binding,
                 start=resolved.start,
+                in_force=fork.in_force.to_dict() if fork else None,
             )
         )
         stored = await self._jobs.insert(job, events.state_changed(job, now))

@@ -225,7 +225,7 @@ def _host_callback(host_name: str) -> Any:
     import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-    class HostCallback(ControllerCallback, WorkerGroupCallback):
+    class HostCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc] # untyped
         def after_controller_start(self, *_args: Any, **_kwargs: Any) -> None:
             controller = ray.get_runtime_context().current_actor
             ray.get(ray.get_actor(host_name).controller_started.remote(controller))

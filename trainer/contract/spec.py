@@ -167,7 +167,9 @@ class StartSpec(Section):
     @field_validator("from_")
     @classmethod
     def _checkpoint_name(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(r"^(nanochat:.+|[0-9A-Za-z]+)@(\d{1,10}|latest)$", value):
+        if value is not None and not re.match(
+            r"^(nanochat:.+|[0-9A-Za-z]+)@(\d{1,10}|latest)$", value
+        ):
             raise ValueError("must be JOB@STEP, JOB@latest or nanochat:<folder or s3 uri>@STEP")
         return value
 
@@ -380,5 +382,7 @@ def _check_workers(spec: JobSpec) -> list[Violation]:
     if workers.min <= workers.max:
         return []
     return [
-        Violation("resources.workers.min", workers.min, f"must be at most workers.max {workers.max}")
+        Violation(
+            "resources.workers.min", workers.min, f"must be at most workers.max {workers.max}"
+        )
     ]

@@ -120,10 +120,15 @@ class Claim(Document):
 
 
 class JobDocument(Document):
-    """What spec.json holds: what was asked for, on which data, from which checkpoint."""
+    """What spec.json holds: what was asked for, on which data, from which checkpoint.
+
+    in_force: the parent's values at the start, kept here since the schedule of a continuation
+    depends on them longer than the parent's checkpoint may live.
+    """
 
     job_id: JobId
     spec: dict[str, JsonValue]
     binding: DataBinding | None = None
     start: CheckpointRef | None = None
+    in_force: dict[str, JsonValue] | None = None
     created_at: datetime | None = None

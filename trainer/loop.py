@@ -1,0 +1,198 @@
+"""The training loop over injected parts. Knows no Ray, no S3, no gRPC.
+
+Invariant: a step either happens whole (update, state, position) or not at all, and what it applies
+is what the schedule says: the first step proves it by reading the optimizer's groups back.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.train_state import TrainState, snapshot
+from trainer.checkpoint.writer import CheckpointWriter
+from trainer.contract.outcome import Outcome
+from trainer.contract.schedule import GroupValues, Schedule
+from trainer.contract.spec import JobSpec
+from trainer.data.loader import StepBatch
+from trainer.distributed import World
+from trainer.events import Directive, Evaluated, Point, Reporter, Sampled, ValuesInForce
+from trainer.optim import Optimizer, clip_grad_norm
+
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+APPLIED_TOLERANCE = 1e-9  # relative; values read back against the schedule's
+
+
+class Batches(Protocol):
+    """Where steps' tokens come from."""
+
+    def next_step(self) -> StepBatch:
+        """This rank's part of the next step."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a loop works with. forward: model's, compiled or not."""
+
+    spec: JobSpec
+    world: World
+    device: torch.device
+    model: nn.Module
+    forward: Callable[[Tensor, Tensor], Tensor]
+    optimizer: Optimizer
+    schedule: Schedule
+    batches: Batches
+    reporter: Reporter
+    writer: CheckpointWriter | None  # rank 0's
+    evaluate: Callable[[], tuple[float, str]]  # bits per byte and the evaluation set; all ranks
+    sample: Callable[[], str] | None  # rank 0's
+
+
+@dataclass(frozen=True)
+class LoopEnd:
+    """How the loop ended."""
+
+    outcome: Outcome
+    message: str
+
+
+class Loop:
+    """Trains from state.step to the horizon."""
+
+    def __init__(self, parts: Parts, state: TrainState) -> None:
+        self._parts = parts
+        self._state = state
+        self._horizon = parts.spec.schedule.num_iterations
+        self._saved_step = state.step  # what is already in a checkpoint, or need not be
+        self._saved_at = time.monotonic()
+
+    def run(self) -> LoopEnd:
+        """Train until the horizon, a stop, or a failure that the end names."""
+        first = True
+        while self._state.step < self._horizon:
+            if self._agree() is Directive.STOP:
+                self._checkpoint()
+                return LoopEnd(Outcome.STOPPED, f"stopped as asked after step {self._state.step}")
+            if self._parts.writer is not None and self._parts.writer.stale:
+                return LoopEnd(Outcome.STALE_WRITER, "a newer attempt of this job is at work")
+            end = self._step(first)
+            if end is not None:
+                return end
+            first = False
+            self._after_step()
+        self._checkpoint()
+        return LoopEnd(Outcome.COMPLETED, f"reached the horizon, step {self._horizon}")
+
+    def _step(self, first: bool) -> LoopEnd | None:
+        """One optimizer step; an end where it must not be applied."""
+        parts, state = self._parts, self._state
+        began = time.monotonic()
+        batch = parts.batches.next_step()
+        data_wait_s = time.monotonic() - began
+        values = parts.schedule.at(state.step)
+        parts.optimizer.apply(values)
+        loss_sum = torch.zeros((), device=parts.device)
+        share = 1.0 / (len(batch.micro) * parts.world.size)
+        for x, y in batch.micro:
+            x_BT = torch.from_numpy(x).to(parts.device, torch.int64, non_blocking=True)
+            y_BT = torch.from_numpy(y).to(parts.device, non_blocking=True)
+            loss = parts.forward(x_BT, y_BT) * share
+            loss.backward()  # type: ignore[no-untyped-call] # torch's own annotation is missing
+            loss_sum += loss.detach()
+        gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
+        parts.world.sum_([*gradients, loss_sum])
+        norm = clip_grad_norm(parts.model.parameters(), parts.spec.optimizer.grad_clip_norm)
+        mean_loss, gradient_norm = torch.stack([loss_sum, norm]).tolist()  # the step's one sync
+        if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
+            message = (
+                f"step {state.step + 1}: loss {mean_loss}, gradient norm {gradient_norm}; "
+                "no update was applied"
+            )
+            return LoopEnd(Outcome.NOT_FINITE, message)
+        read_back = parts.optimizer.read()
+        if first and (wrong := _differences(values.groups, read_back)):
+            return LoopEnd(Outcome.HYPERPARAMETERS_NOT_APPLIED, "; ".join(wrong))
+        parts.optimizer.step()
+        parts.optimizer.zero_grad()
+        past = state.loss_smoothed
+        smoothed = mean_loss if past is None else SMOOTHING * past + (1 - SMOOTHING) * mean_loss
+        state.step += 1
+        state.tokens += batch.tokens
+        state.position = batch.position_after
+        state.in_force = values
+        state.loss_smoothed = smoothed
+        state.validation_bpb = None
+        if first:
+            parts.reporter.event(ValuesInForce(state.step, read_back))
+        step_s = time.monotonic() - began
+        parts.reporter.point(
+            Point(
+                step=state.step,
+                loss=mean_loss,
+                loss_smoothed=smoothed,
+                gradient_norm=gradient_norm,
+                step_s=step_s,
+                data_wait_s=data_wait_s,
+                tokens=state.tokens,
+                tokens_per_s=batch.tokens / step_s,
+                groups=values.groups,
+            )
+        )
+        return None
+
+    def _after_step(self) -> None:
+        """What is due at this step boundary: evaluation first, for the checkpoint carries it."""
+        spec, state = self._parts.spec, self._state
+        last = state.step == self._horizon
+        if last or (spec.evaluate.every and state.step % spec.evaluate.every == 0):
+            bpb, evaluation_set = self._parts.evaluate()
+            state.validation_bpb = bpb
+            self._parts.reporter.event(Evaluated(state.step, bpb, evaluation_set))
+        due = spec.sample.every and state.step % spec.sample.every == 0
+        if due and self._parts.sample is not None:
+            self._parts.reporter.event(Sampled(state.step, self._parts.sample()))
+        every = spec.checkpoint.every_steps
+        if not last and every and state.step % every == 0:
+            self._checkpoint()
+
+    def _agree(self) -> Directive:
+        """What to do before the next step: rank 0's word, common to all ranks."""
+        word = Directive.GO_ON
+        if self._parts.world.is_first:
+            word = self._parts.reporter.directive()
+            limit_s = self._parts.spec.checkpoint.every_s
+            if limit_s and time.monotonic() - self._saved_at >= limit_s:
+                word = max(word, Directive.CHECKPOINT, key=lambda each: each.value)
+        word = Directive(self._parts.world.share(word.value))
+        if word is Directive.CHECKPOINT:
+            self._checkpoint()
+        return word
+
+    def _checkpoint(self) -> None:
+        """Hand a snapshot to the writer, unless these weights are in a checkpoint already."""
+        if self._state.step == self._saved_step:
+            return
+        began = time.monotonic()
+        if self._parts.writer is not None:
+            taken = snapshot(self._parts.model, self._parts.optimizer, self._state)
+            self._parts.writer.save(taken, time.monotonic() - began)
+        self._saved_step = self._state.step
+        self._saved_at = time.monotonic()
+
+
+def _differences(wanted: dict[str, GroupValues], found: dict[str, GroupValues]) -> list[str]:
+    """Where the optimizer would run with other values than the schedule's."""
+    wrong = []
+    for group, want in wanted.items():
+        have = found[group]
+        for name in ("lr", "momentum", "weight_decay"):
+            ours, theirs = getattr(want, name), getattr(have, name)
+            if not math.isclose(ours, theirs, rel_tol=APPLIED_TOLERANCE, abs_tol=0.0):
+                wrong.append(f"{group} {name}: asked {ours!r}, in the optimizer {theirs!r}")
+    return wrong

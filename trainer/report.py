@@ -1,0 +1,290 @@
+"""The only module that speaks gRPC to the service: events and points up, directives down.
+
+A thread sends what has gathered twice a second, off the step's path, and keeps what isn't yet
+acknowledged; after a broken connection it connects again and sends from there.
+
+Invariant: memory is bounded: past MAX_WAITING entries the oldest points go first, events stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+
+from everstep.v1 import everstep_pb2 as pb
+from everstep.v1 import everstep_pb2_grpc as rpc
+from trainer.contract.schedule import GroupValues
+from trainer.events import (
+    CheckpointCommitted,
+    CheckpointPassedOver,
+    Directive,
+    Evaluated,
+    Event,
+    Point,
+    Sampled,
+    ValuesInForce,
+    Warned,
+)
+
+FLUSH_S = 0.5
+MAX_BATCH = 500
+MAX_WAITING = 50_000  # about a day of one-second steps is 86,400 points of 1 kB
+RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+CLOSE_S = 15.0
+ANSWER_S = 30.0  # a service that takes longer to answer is taken for gone
+OPTIONS = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
+log = logging.getLogger(__name__)
+
+DIRECTIVES = {
+    pb.DIRECTIVE_UNSPECIFIED: Directive.GO_ON,
+    pb.DIRECTIVE_CHECKPOINT: Directive.CHECKPOINT,
+    pb.DIRECTIVE_STOP: Directive.STOP,
+}
+
+
+class ServiceReporter:
+    """A Reporter that tells the service. Never blocks but in close."""
+
+    def __init__(self, address: str, ca_file: str | None, credential: str, hello: pb.Hello) -> None:
+        self._address = address
+        self._ca_file = ca_file
+        self._credential = credential
+        self._hello = hello
+        self._lock = threading.Lock()
+        self._waiting: deque[pb.ReportEntry] = deque()
+        self._sequence = 0
+        self._directive = Directive.GO_ON
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="report", daemon=True)
+        self._thread.start()
+
+    def point(self, point: Point) -> None:
+        """See Reporter."""
+        self._add(pb.ReportEntry(point=point_to_proto(point)))
+
+    def event(self, event: Event) -> None:
+        """See Reporter."""
+        self._add(pb.ReportEntry(event=event_to_proto(event)))
+
+    def directive(self) -> Directive:
+        """See Reporter."""
+        found = self._directive
+        if found is Directive.CHECKPOINT:
+            self._directive = Directive.GO_ON
+        return found
+
+    def close(self) -> None:
+        """Deliver what is left, but wait no longer than CLOSE_S for a service that is away."""
+        self._closing.set()
+        self._thread.join(CLOSE_S)
+
+    def _add(self, entry: pb.ReportEntry) -> None:
+        entry.time.FromNanoseconds(time.time_ns())
+        with self._lock:
+            self._sequence += 1
+            entry.sequence = self._sequence
+            self._waiting.append(entry)
+            if len(self._waiting) > MAX_WAITING:
+                self._thin_out()
+
+    def _thin_out(self) -> None:
+        """Empty the oldest point's place: its number stays, so that no gap appears."""
+        for entry in self._waiting:
+            if entry.HasField("point"):
+                entry.ClearField("point")
+                return
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                with self._channel() as channel:
+                    self._talk(channel)
+                return
+            except grpc.RpcError as error:
+                if self._gave_up(error):
+                    return
+            except TimeoutError:
+                log.warning("the service does not answer; connecting again")
+            pause_s = RECONNECT_S[min(failures, len(RECONNECT_S) - 1)]
+            failures += 1
+            if self._closing.wait(pause_s):
+                time.sleep(RECONNECT_S[0])  # closing: try again at once, until close gives up
+
+    def _gave_up(self, error: grpc.RpcError) -> bool:
+        """A refusal is final: this attempt is stale, or not the service's own."""
+        code = error.code() if isinstance(error, grpc.Call) else None
+        if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND):
+            self._directive = Directive.STOP
+            return True
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            log.error("the service refuses our credential; training goes on untold")
+            return True
+        return False
+
+    def _channel(self) -> grpc.Channel:
+        if self._ca_file is None:
+            return grpc.insecure_channel(self._address, options=OPTIONS)
+        roots = Path(self._ca_file).read_bytes()
+        return grpc.secure_channel(
+            self._address, grpc.ssl_channel_credentials(roots), options=OPTIONS
+        )
+
+    def _talk(self, channel: grpc.Channel) -> None:
+        """One stream, a request and its answer in turn, until closed and all is delivered."""
+        outgoing: queue.SimpleQueue[pb.ReportRequest | None] = queue.SimpleQueue()
+        metadata = (("authorization", f"Bearer {self._credential}"),)
+        call = rpc.RunServiceStub(channel).Report(iter(outgoing.get, None), metadata=metadata)
+        try:
+            outgoing.put(pb.ReportRequest(hello=self._hello))
+            answers = _answers(call)
+            self._hear(next(answers))
+            while True:
+                closing = self._closing.wait(FLUSH_S)
+                while True:
+                    batch = self._batch()
+                    outgoing.put(pb.ReportRequest(entries=batch))
+                    self._hear(next(answers))
+                    if len(batch) < MAX_BATCH:
+                        break
+                if closing and not self._batch():
+                    return
+        finally:
+            outgoing.put(None)
+            call.cancel()
+
+    def _batch(self) -> list[pb.ReportEntry]:
+        with self._lock:
+            return [self._waiting[i] for i in range(min(MAX_BATCH, len(self._waiting)))]
+
+    def _hear(self, answer: pb.ReportResponse) -> None:
+        with self._lock:
+            while self._waiting and self._waiting[0].sequence <= answer.acknowledged_sequence:
+                self._waiting.popleft()
+        self._directive = DIRECTIVES.get(answer.directive, Directive.GO_ON)
+
+
+def _answers(call: Iterator[pb.ReportResponse]) -> Iterator[pb.ReportResponse]:
+    """The call's answers, each waited for at most ANSWER_S."""
+    found: queue.SimpleQueue[pb.ReportResponse | BaseException] = queue.SimpleQueue()
+
+    def pull() -> None:
+        try:
+            for answer in call:
+                found.put(answer)
+            found.put(TimeoutError("the service ended the stream"))
+        except BaseException as error:  # carried to the talking thread
+            found.put(error)
+
+    threading.Thread(target=pull, name="report-answers", daemon=True).start()
+    while True:
+        try:
+            item = found.get(timeout=ANSWER_S)
+        except queue.Empty:
+            raise TimeoutError("no answer") from None
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+def point_to_proto(point: Point) -> pb.MetricPoint:
+    """A point on the wire."""
+    message = pb.MetricPoint(
+        step=point.step,
+        loss=point.loss,
+        loss_smoothed=point.loss_smoothed,
+        gradient_norm=point.gradient_norm,
+        step_s=point.step_s,
+        data_wait_s=point.data_wait_s,
+        tokens=point.tokens,
+        tokens_per_s=point.tokens_per_s,
+        groups=[_values(group, values) for group, values in point.groups.items()],
+    )
+    message.time.FromNanoseconds(time.time_ns())
+    return message
+
+
+def event_to_proto(event: Event) -> pb.Event:
+    """An event on the wire."""
+    match event:
+        case ValuesInForce(step, groups):
+            return pb.Event(
+                kind=pb.EVENT_KIND_VALUES_IN_FORCE,
+                message="read back from the optimizer at the attempt's first step",
+                step=step,
+                groups=[_values(group, values) for group, values in groups.items()],
+            )
+        case CheckpointCommitted(ref, size_bytes, save_s, stall_s):
+            return pb.Event(
+                kind=pb.EVENT_KIND_CHECKPOINT_COMMITTED,
+                message=f"checkpoint {ref} committed",
+                step=ref.step,
+                checkpoint=pb.CheckpointRef(**ref.model_dump()),
+                checkpoint_bytes=size_bytes,
+                checkpoint_s=save_s,
+                checkpoint_stall_s=stall_s,
+            )
+        case CheckpointPassedOver(ref, reason):
+            return pb.Event(
+                kind=pb.EVENT_KIND_CHECKPOINT_FALLBACK,
+                message=f"checkpoint {ref} can't be used: {reason}",
+                step=ref.step,
+                checkpoint=pb.CheckpointRef(**ref.model_dump()),
+            )
+        case Evaluated(step, bits_per_byte, evaluation_set):
+            return pb.Event(
+                kind=pb.EVENT_KIND_EVALUATED,
+                message=f"validation {bits_per_byte:.4f} bits per byte",
+                step=step,
+                validation_bpb=bits_per_byte,
+                evaluation_set=evaluation_set,
+            )
+        case Sampled(step, text):
+            return pb.Event(kind=pb.EVENT_KIND_SAMPLED, message=text, step=step)
+        case Warned(step, message):
+            return pb.Event(kind=pb.EVENT_KIND_WARNING, message=message, step=step)
+
+
+def _values(group: str, values: GroupValues) -> pb.GroupValues:
+    return pb.GroupValues(
+        group=group,
+        learning_rate=values.lr,
+        momentum=values.momentum,
+        weight_decay=values.weight_decay,
+    )
+
+
+class PrintingReporter:
+    """A Reporter for a run without a service: lines of text, and a stop flag of the caller's."""
+
+    def __init__(self, say: Callable[[str], None], stop: threading.Event) -> None:
+        self._say = say
+        self._stop = stop
+
+    def point(self, point: Point) -> None:
+        """See Reporter."""
+        self._say(
+            f"step {point.step}  loss {point.loss:.4f}  norm {point.gradient_norm:.3f}  "
+            f"{point.tokens_per_s:,.0f} tokens/s"
+        )
+
+    def event(self, event: Event) -> None:
+        """See Reporter."""
+        self._say(event_to_proto(event).message)
+
+    def directive(self) -> Directive:
+        """See Reporter."""
+        return Directive.STOP if self._stop.is_set() else Directive.GO_ON
+
+    def close(self) -> None:
+        """Nothing is held back."""
+        with contextlib.suppress(ValueError):
+            self._say("done")
