@@ -21,8 +21,10 @@ from torch.nn import functional as F
 
 SOFT_CAP = 15.0  # nanochat at commit 92d63d4
 IGNORED = -1
-# One chunk's fp32 logits. Smaller chunks save memory but each adds a pass over lm_head's gradient.
-CHUNK_BYTES = 256 * 2**20
+# One chunk's fp32 logits. Smaller chunks save memory and suit a CPU's caches, but each adds a pass
+# over lm_head's gradient and needs rows enough to keep a GPU busy (assumption: never run on one).
+CPU_CHUNK_BYTES = 64 * 2**20
+GPU_CHUNK_BYTES = 256 * 2**20
 
 
 def soft_cap(logits: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def soft_capped_logits(x: Tensor, weight_PC: Tensor, vocab_size: int) -> Tensor:
     return soft_cap(F.linear(x, weight_PC.to(x.dtype))[..., :vocab_size].float())
 
 
-def chunk_rows(positions: int, padded_vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+def chunk_rows(positions: int, padded_vocab_size: int, chunk_bytes: int) -> int:
     """Positions a chunk: as equal as can be, each chunk's fp32 logits within chunk_bytes."""
     most = max(chunk_bytes // (4 * padded_vocab_size), 1)
     chunks = max(-(-positions // most), 1)
@@ -44,7 +46,7 @@ def chunk_rows(positions: int, padded_vocab_size: int, chunk_bytes: int = CHUNK_
 
 def token_losses(x_NC: Tensor, weight_PC: Tensor, targets_N: Tensor, vocab_size: int) -> Tensor:
     """Nats of each target, fp32 [N]; 0 where the target is ignored. For use without gradients."""
-    rows = chunk_rows(x_NC.size(0), weight_PC.size(0))
+    rows = chunk_rows(x_NC.size(0), weight_PC.size(0), _chunk_bytes(x_NC.device))
     losses = [
         _nats(soft_capped_logits(x_RC, weight_PC, vocab_size), targets_R)
         for x_RC, targets_R in _chunks(x_NC, targets_N, rows)
@@ -57,7 +59,7 @@ def mean_loss(
     weight_PC: Tensor,
     targets_N: Tensor,
     vocab_size: int,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Mean nats over the targets that count, an fp32 scalar; 0 when none does.
 
@@ -67,6 +69,7 @@ def mean_loss(
     if not torch.is_grad_enabled():
         total = token_losses(x_NC, weight_PC, targets_N, vocab_size).sum()
         return total / _count(targets_N)
+    chunk_bytes = chunk_bytes or _chunk_bytes(x_NC.device)
     loss: Tensor = _ChunkedLoss.apply(x_NC, weight_PC, targets_N, vocab_size, chunk_bytes)  # type: ignore[no-untyped-call]
     return loss
 
@@ -74,6 +77,10 @@ def mean_loss(
 def _chunks(x_NC: Tensor, targets_N: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, x_NC.size(0), rows):
         yield x_NC[start : start + rows], targets_N[start : start + rows]
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    return CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
 
 
 def _count(targets_N: Tensor) -> Tensor:

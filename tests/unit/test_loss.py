@@ -76,5 +76,5 @@ def test_chunks_stay_within_their_bytes_and_are_nearly_equal() -> None:
     rows = chunk_rows(16_384, 32_768, 256 * 2**20)
     assert rows * 32_768 * 4 <= 256 * 2**20
     assert 16_384 % rows == 0
-    assert chunk_rows(3, 32_768) == 3
-    assert chunk_rows(10, 10**9) == 1
+    assert chunk_rows(3, 32_768, 2**20) == 3
+    assert chunk_rows(10, 10**9, 2**20) == 1
