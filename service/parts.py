@@ -1,10 +1,11 @@
 """Processes that the embedded default starts beside the service: found again, supervised, ended.
 
-A part outlives the service that started it. Its pid and start time are on disk, and every process
-that it starts inherits a mark in its environment, so that a later service finds the part again and
-`end` finds all that is left of it, by pid, never by name.
+A part outlives the service that started it, so its pid and start time are on disk. It leads a
+session of its own, which every process that it starts belongs to, and they inherit a mark in their
+environment (which some overwrite with a title): so `end` finds all that is left of a part, by pid,
+never by name.
 
-Invariant: after `end` returns, no process with the part's mark is alive.
+Invariant: after `end` returns, no process of the part is alive.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ import os
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 MARK = "EVERSTEP_PART"
-END_GRACE_S = 8.0
+ADOPT_S = 8.0
 POLL_S = 0.5
 BACKOFF_S = 2.0
-GRPC_OFFSET = 10_000  # SeaweedFS derives gRPC ports; we keep both free
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +37,16 @@ class Command:
     arguments: Sequence[str]
     environment: dict[str, str]
     ready: Callable[[], Awaitable[bool]]
+    end_grace_s: float  # from the polite end to the hard one: what it takes to save its state
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The process that we started: its number, and what tells it from a later one with it."""
+
+    pid: int
+    started: float
+    booted: float
 
 
 class PartFailedError(RuntimeError):
@@ -61,7 +71,7 @@ class Part:
         Raises:
             PartFailedError: it ended, or was not ready in time.
         """
-        if self.alive() and await self._is_ready(END_GRACE_S):
+        if self.alive() and await self._is_ready(ADOPT_S):
             return True
         await self.end()
         self._launch()
@@ -76,15 +86,8 @@ class Part:
         """Whether the process that we started is still that process."""
         if self._child is not None:
             return self._child.poll() is None
-        try:
-            known = json.loads(self._pid_file.read_text())
-            process = psutil.Process(known["pid"])
-            return (
-                process.create_time() == known["started"]
-                and process.status() != psutil.STATUS_ZOMBIE
-            )
-        except (OSError, ValueError, KeyError, psutil.Error):
-            return False
+        leader = self._leader()
+        return leader is not None and _is(leader)
 
     async def end(self) -> None:
         """End the part and all it started: politely, then by force."""
@@ -93,7 +96,8 @@ class Part:
             for process in found:
                 with contextlib.suppress(psutil.Error):
                     process.kill() if kill else process.terminate()
-            deadline = asyncio.get_running_loop().time() + END_GRACE_S
+            grace_s = ADOPT_S if kill else self._command.end_grace_s
+            deadline = asyncio.get_running_loop().time() + grace_s
             while self._processes() and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(0.05)
             if not self._processes():
@@ -130,7 +134,8 @@ class Part:
                 start_new_session=True,  # a Ctrl-C in our terminal is for us to pass on
             )
         started = psutil.Process(self._child.pid).create_time()
-        self._pid_file.write_text(json.dumps({"pid": self._child.pid, "started": started}))
+        leader = Leader(self._child.pid, started, psutil.boot_time())
+        self._pid_file.write_text(json.dumps(asdict(leader)))
 
     async def _is_ready(self, timeout_s: float) -> bool:
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -141,18 +146,35 @@ class Part:
         return False
 
     def _processes(self) -> list[psutil.Process]:
-        """Every living process with our mark."""
+        """Every living process of the part: of its session, or with its mark."""
         if self._child is not None:
-            self._child.poll()  # reap, or it stays a zombie with our mark
-        found = []
-        for process in psutil.process_iter():
-            try:
-                marked = process.environ().get(MARK) == self._mark
-                if marked and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue  # gone, or somebody else's
-        return found
+            self._child.poll()  # reap, or it stays a zombie
+        leader = self._leader()
+        return [
+            process
+            for process in psutil.process_iter()
+            if process.pid != os.getpid() and self._owns(process, leader)
+        ]
+
+    def _owns(self, process: psutil.Process, leader: Leader | None) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if leader is not None and os.getsid(process.pid) == leader.pid:
+                # The number may be another session's by now, if ours ended long ago.
+                return process.pid != leader.pid or _is(leader)
+            return process.environ().get(MARK) == self._mark
+        except (psutil.Error, OSError):
+            return False  # gone, or somebody else's
+
+    def _leader(self) -> Leader | None:
+        try:
+            leader = Leader(**json.loads(self._pid_file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        # After a reboot the number says nothing; nor where another process has it now.
+        taken = psutil.pid_exists(leader.pid) and not _is(leader)
+        return None if leader.booted != psutil.boot_time() or taken else leader
 
     def _tail(self) -> str:
         try:
@@ -162,24 +184,23 @@ class Part:
         return " | ".join(lines) or "no output"
 
 
-def free_ports(count: int, pair_offset: int = 0) -> list[int]:
-    """Distinct ports free on loopback now; with pair_offset, port + offset is free too."""
-    found: list[int] = []
+def _is(leader: Leader) -> bool:
+    """Whether the leader itself is alive."""
+    try:
+        process = psutil.Process(leader.pid)
+        same = process.create_time() == leader.started
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct ports that are free on loopback now."""
     with contextlib.ExitStack() as held:
-        while len(found) < count:
-            one = held.enter_context(socket.socket())
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            if pair_offset:
-                if port + pair_offset > 65_535:
-                    continue
-                other = held.enter_context(socket.socket())
-                try:
-                    other.bind(("127.0.0.1", port + pair_offset))
-                except OSError:
-                    continue
-            found.append(port)
-    return found
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
 
 
 async def accepts(port: int, host: str = "127.0.0.1") -> bool:

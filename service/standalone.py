@@ -31,6 +31,8 @@ RAY_GCS_PORTS = range(20_000, 30_000)  # outside those that Ray gives to workers
 OBJECT_STORE_BYTES = 128 << 20  # checkpoints and data don't go through it
 SEAWEEDFS_PARTS = ("s3", "master", "volume", "filer", "admin")
 START_S = 60.0
+SEAWEEDFS_END_S = 10.0  # flushes its volumes
+RAY_END_S = 2.0  # has nothing to save: jobs are stopped by then
 
 
 class Wiring(BaseModel):
@@ -137,8 +139,7 @@ class Standalone:
 
     async def end(self) -> None:
         """End both; the state stays."""
-        await self._ray.end()
-        await self._seaweedfs.end()
+        await asyncio.gather(self._ray.end(), self._seaweedfs.end())
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _seaweedfs_command(self) -> Command:
@@ -168,7 +169,7 @@ class Standalone:
         port = self.wiring.seaweedfs["s3"][0]
         keys = {k: v for k, v in self.wiring.s3_environment.items() if "KEY" in k}
         environment = {**plain_environment(), **keys, "TMPDIR": str(self._scratch)}
-        return Command(arguments, environment, lambda: accepts(port))
+        return Command(arguments, environment, lambda: accepts(port), SEAWEEDFS_END_S)
 
     def _ray_command(self) -> Command:
         cpus = os.cpu_count() or 1
@@ -203,7 +204,7 @@ class Standalone:
         async def ready() -> bool:
             return await accepts(self.wiring.ray_gcs_port, RAY_IP) and await accepts(dashboard)
 
-        return Command(arguments, environment, ready)
+        return Command(arguments, environment, ready, RAY_END_S)
 
 
 def write_secret(path: Path, text: str) -> None:

@@ -157,18 +157,19 @@ def _classify(failure: BaseException | None, stopping: bool) -> tuple[Outcome, s
         case None:
             return Outcome.WORKER_LOST, "the workers ended without a word"
         case WorkerGroupError():
-            return Outcome.WORKER_LOST, _first_line(failure)
+            return Outcome.WORKER_LOST, _summary(failure)
         case ControllerError():
-            return Outcome.START_TIMEOUT, _first_line(failure)
+            return Outcome.START_TIMEOUT, _summary(failure)
         case RayActorError():
-            return Outcome.CONTROLLER_LOST, _first_line(failure)
+            return Outcome.CONTROLLER_LOST, _summary(failure)
         case _:
-            return Outcome.CODE_ERROR, f"{type(failure).__name__}: {_first_line(failure)}"
+            return Outcome.CODE_ERROR, f"{type(failure).__name__}: {_summary(failure)}"
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:500]
+def _summary(error: BaseException) -> str:
+    """The error's first lines as one: Ray puts the cause below a headline."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500] or type(error).__name__
 
 
 def _fit(config: HostConfig) -> None:
