@@ -23,10 +23,11 @@ def test_the_largest_that_fits_comes_first_and_the_shortest_is_cropped() -> None
     assert rows.dtype == np.int32
 
 
-def test_a_document_longer_than_a_row_is_cropped_to_one() -> None:
+def test_a_document_longer_than_a_row_goes_on_with_its_first_token_in_front() -> None:
     rows, report = pack(documents(25), T=9)
-    assert rows.tolist() == [list(range(10))]
-    assert report == PackReport(25, 10, 15, 0)
+    assert rows.tolist() == [[0, *range(10, 19)], [*range(10)]]
+    # 25 tokens and the first one twice again; the last piece, 7 long, fills no row.
+    assert report == PackReport(27, 20, 0, 7)
 
 
 def test_the_last_incomplete_row_is_dropped_and_counted() -> None:

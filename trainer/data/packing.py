@@ -1,7 +1,9 @@
 """Packing one row group's documents into rows of tokens, and the order of its rows.
 
 The rule is nanochat's (largest document that fits; when none does, the shortest one cropped) over
-the whole row group in place of a running buffer, so that rows depend on nothing before them.
+the whole row group in place of a running buffer, so that rows depend on nothing before them; and a
+document longer than a row goes on in further pieces instead of being cut off, which is where
+nearly all the text that nanochat loses is lost (docs/adr/0003).
 
 Invariant: pure functions of their arguments, on any machine and any version of any library: the
 shuffle sorts by BLAKE2b digests and uses no library's random numbers.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +25,10 @@ Rows = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PackReport:
-    """Where a row group's tokens went; tokens = kept + cropped + dropped."""
+    """Where a row group's tokens went; tokens = kept + cropped + dropped.
+
+    The first token of a document counts again for each piece that it goes on in.
+    """
 
     tokens: int = 0
     kept_tokens: int = 0
@@ -45,8 +50,12 @@ class PackReport:
 
 
 def pack(documents: Sequence[Sequence[int]], T: int) -> tuple[Rows, PackReport]:
-    """Pack tokenized documents into whole rows [R, T + 1], in the order in which they fill."""
+    """Pack tokenized documents into whole rows [R, T + 1], in the order in which they fill.
+
+    A document begins with <|bos|>, and so does every piece of a longer one.
+    """
     width = T + 1
+    documents = [piece for document in documents for piece in _pieces(document, width)]
     plan, lost = _plan([len(document) for document in documents], width)
     rows = np.empty((len(plan), width), dtype=np.int32)
     for row, members in zip(rows, plan, strict=True):
@@ -56,6 +65,13 @@ def pack(documents: Sequence[Sequence[int]], T: int) -> tuple[Rows, PackReport]:
             row[at : at + len(piece)] = piece
             at += len(piece)
     return rows, lost
+
+
+def _pieces(document: Sequence[int], width: int) -> Iterator[Sequence[int]]:
+    """A document in pieces of at most width tokens, each with its first token in front."""
+    yield document[:width]
+    for start in range(width, len(document), width - 1):
+        yield [document[0], *document[start : start + width - 1]]
 
 
 def _plan(lengths: Sequence[int], width: int) -> tuple[list[list[int]], PackReport]:
