@@ -1,0 +1,1 @@
+"""The `everstep` command. Everything it does goes through `everstep.Client`."""

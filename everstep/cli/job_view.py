@@ -1,0 +1,126 @@
+"""Jobs and checkpoints that exist, drawn for people.
+
+Owns the layout of `get`, `list` and `checkpoints`. Works nothing out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from everstep.cli import output
+from everstep.cli.watch_view import in_force_table
+from everstep.v1 import everstep_pb2 as pb
+
+
+def job_table(jobs: Iterable[pb.Job]) -> Table:
+    """One line a job."""
+    table = _table("job", "name", "state", "step", "loss", "bits/byte", "left", "age")
+    for job in jobs:
+        state = output.state_name(job.state)
+        table.add_row(
+            job.id,
+            job.spec.name,
+            Text(state, style=output.STATE_STYLES.get(state, "")),
+            f"{job.step:,}/{job.spec.schedule.num_iterations:,}",
+            f"{job.latest.loss_smoothed:.4f}" if job.HasField("latest") else "",
+            f"{job.validation_bpb:.4f}" if job.HasField("validation_bpb") else "",
+            output.duration(job.eta_s) if job.HasField("eta_s") else "",
+            output.age(job.create_time),
+        )
+    return table
+
+
+def checkpoint_table(checkpoints: Iterable[pb.Checkpoint]) -> Table:
+    """One line a checkpoint."""
+    table = _table("step", "attempt", "size", "bits/byte", "age", "uri")
+    for item in checkpoints:
+        table.add_row(
+            f"{item.ref.step:,}",
+            str(item.ref.attempt),
+            output.size(item.size_bytes),
+            f"{item.validation_bpb:.4f}" if item.HasField("validation_bpb") else "",
+            output.age(item.create_time),
+            Text(output.one_line(item.uri), overflow="fold"),
+        )
+    return table
+
+
+def show_job(console: Console, job: pb.Job) -> None:
+    """Everything about one job."""
+    state = output.state_name(job.state)
+    _line(console, "job", f"{job.id}  {job.spec.name}")
+    reason = f"  {output.one_line(job.reason)}" if job.reason else ""
+    _line(console, "state", state + reason, output.STATE_STYLES.get(state, ""))
+    if job.desired_state not in (job.state, pb.JOB_STATE_RUNNING):
+        _line(console, "wanted", output.state_name(job.desired_state))
+    _line(console, "step", _progress(job))
+    if job.HasField("latest"):
+        _line(console, "latest", _latest(job.latest))
+    if job.HasField("validation_bpb"):
+        _line(console, "validation", f"{job.validation_bpb:.4f} bits per byte")
+    begin = output.ref_name(job.start) if job.HasField("start") else "fresh weights"
+    _line(console, "start", begin)
+    if job.HasField("checkpoint"):
+        _line(console, "checkpoint", output.ref_name(job.checkpoint))
+    _line(console, "times", _times(job))
+    if job.in_force:
+        console.print(Text("\nin force at the newest attempt's first step", style="bold"))
+        console.print(in_force_table(job.in_force, {}))
+    if job.attempts:
+        console.print()
+        console.print(_attempt_table(job.attempts))
+
+
+def _attempt_table(attempts: Iterable[pb.Attempt]) -> Table:
+    table = _table("attempt", "from step", "began", "ran", "outcome", "")
+    for attempt in attempts:
+        began = output.seconds(attempt.start_time)
+        ended = attempt.HasField("end_time")
+        table.add_row(
+            str(attempt.number),
+            f"{attempt.start_step:,}",
+            output.local_time(attempt.start_time),
+            output.duration(output.seconds(attempt.end_time) - began)
+            if ended
+            else output.age(attempt.start_time),
+            attempt.outcome or ("" if ended else "running"),
+            Text(output.one_line(attempt.message), overflow="fold"),
+        )
+    return table
+
+
+def _progress(job: pb.Job) -> str:
+    left = f", {output.duration(job.eta_s)} left" if job.HasField("eta_s") else ""
+    return f"{job.step:,} of {job.spec.schedule.num_iterations:,}{left}"
+
+
+def _latest(point: pb.MetricPoint) -> str:
+    mfu = f", MFU {point.mfu_ratio:.1%}" if point.HasField("mfu_ratio") else ""
+    return (
+        f"loss {point.loss_smoothed:.4f} (step {point.step:,}: {point.loss:.4f}), "
+        f"{point.tokens_per_s:,.0f} tokens/s, gradient norm {point.gradient_norm:.4g}{mfu}"
+    )
+
+
+def _times(job: pb.Job) -> str:
+    times = [f"submitted {output.local_time(job.create_time)}"]
+    if job.HasField("start_time"):
+        times.append(f"began {output.local_time(job.start_time)}")
+    if job.HasField("end_time"):
+        times.append(f"ended {output.local_time(job.end_time)}")
+    return ", ".join(times)
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in names:
+        table.add_column(name, no_wrap=name in ("job", "state", "step", "age"))
+    return table
+
+
+def _line(console: Console, label: str, text: str, style: str = "") -> None:
+    console.print(Text(f"{label:<11}", style="bold").append(text, style=style))

@@ -1,0 +1,144 @@
+"""A plan, drawn for people.
+
+Owns the layout. Every number comes from the plan; nothing is worked out here but sums and names.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from everstep.cli import output
+from everstep.v1 import everstep_pb2 as pb
+
+INDENT = 13
+WAYS_OUT = (
+    "ways out: lower rates (--set optimizer.<rate>=...), --set schedule.anchor=continue, "
+    "or --set guards.allow_lr_jump=true"
+)
+
+
+def show_plan(console: Console, plan: pb.Plan, *, compact: bool = False) -> None:
+    """The whole plan; compact leaves out what doesn't change from job to job."""
+    _line(console, "model", f"{plan.spec.name}: {_shape(plan)}")
+    if compact:
+        _line(console, "parameters", f"{plan.parameters_total:,}")
+    else:
+        parts = " + ".join(f"{item.kind} {item.count:,}" for item in plan.parameters)
+        _line(console, "parameters", f"{plan.parameters_total:,} = {parts}")
+        _line(console, "FLOPs", f"{plan.flops_per_token:,} a token, forward and backward")
+    _line(console, "batch", _batch(plan))
+    _line(console, "steps", _steps(plan))
+    if not compact:
+        _line(console, "checkpoint", _checkpoint(plan))
+    console.print(rate_table(plan))
+    for warning in plan.warnings:
+        _say(console, f"warning: {warning}", "yellow")
+    for refusal in plan.refusals:
+        _say(console, f"refused: {refusal}", "bold red")
+    if plan.refusals:
+        _say(console, WAYS_OUT)
+
+
+def rate_table(plan: pb.Plan) -> Table:
+    """Every group's values over the run; for a continuation beside those in force before it."""
+    continued = plan.HasField("start")
+    first, last = plan.start_step, plan.start_step + plan.steps - 1
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("group", no_wrap=True)
+    if continued:
+        table.add_column(f"in force at\n{output.short_name(plan.start)}", no_wrap=True)
+        table.add_column(f"first step\n{first:,}")
+        table.add_column("ratio", no_wrap=True)
+    else:
+        table.add_column(f"rate at\nstep {first:,}")
+    peaks = {row.group: peak for row in plan.rates if (peak := _peak(row)) is not None}
+    if peaks:
+        table.add_column("highest\nbetween")
+    table.add_column(f"last step\n{last:,}")
+    table.add_column("momentum")
+    table.add_column("decay")
+    for row in plan.rates:
+        table.add_row(*_cells(row, continued, peaks), style=_style(row, plan))
+    return table
+
+
+def _cells(row: pb.RateRow, continued: bool, peaks: dict[str, float]) -> list[str]:
+    start, end = row.points[0].values, row.points[-1].values
+    cells = [row.group]
+    if continued:
+        known = row.HasField("parent")
+        cells += [output.rate(row.parent.learning_rate) if known else "-"]
+        cells += [output.rate(start.learning_rate)]
+        cells += [output.ratio(row.learning_rate_ratio) if known else "-"]
+    else:
+        cells += [output.rate(start.learning_rate)]
+    if peaks:
+        cells.append(output.rate(peaks[row.group]) if row.group in peaks else "")
+    cells.append(output.rate(end.learning_rate))
+    for name in ("momentum", "weight_decay"):
+        text = output.change(getattr(start, name), getattr(end, name))
+        old = output.rate(getattr(row.parent, name))
+        if row.HasField("parent") and old != output.rate(getattr(start, name)):
+            text = f"{old} -> {text}"
+        cells.append(text)
+    return cells
+
+
+def _peak(row: pb.RateRow) -> float | None:
+    """The highest rate of the run, where it is neither the first nor the last."""
+    rates = [point.values.learning_rate for point in row.points]
+    return max(rates) if max(rates) > max(rates[0], rates[-1]) else None
+
+
+def _style(row: pb.RateRow, plan: pb.Plan) -> str:
+    refused = any(refusal.startswith(f"{row.group}:") for refusal in plan.refusals)
+    return "red" if refused else ""
+
+
+def _shape(plan: pb.Plan) -> str:
+    shape, model = plan.shape, plan.spec.model
+    heads = f"{shape.n_head} heads"
+    if shape.n_kv_head != shape.n_head:
+        heads += f" ({shape.n_kv_head} of keys and values)"
+    return (
+        f"{shape.n_layer} layers x {shape.n_embd} wide, {heads}, vocabulary {shape.vocab_size:,}, "
+        f"rows of {shape.sequence_len:,} tokens, windows {model.window_pattern}"
+    )
+
+
+def _batch(plan: pb.Plan) -> str:
+    spec = plan.spec
+    workers = spec.resources.workers.min
+    ranks = f" x {workers} workers" if workers > 1 else ""
+    micro = "micro-batch" if plan.grad_accum_steps == 1 else "micro-batches"
+    return (
+        f"{spec.batch.total_batch_size:,} tokens a step = {plan.grad_accum_steps} {micro} x "
+        f"{spec.batch.device_batch_size} rows x {plan.shape.sequence_len:,}{ranks}"
+    )
+
+
+def _steps(plan: pb.Plan) -> str:
+    horizon = plan.start_step + plan.steps
+    begin = f" from {output.ref_name(plan.start)}" if plan.HasField("start") else ""
+    return f"{plan.steps:,} steps{begin} to the horizon {horizon:,}, {plan.tokens:,} tokens"
+
+
+def _checkpoint(plan: pb.Plan) -> str:
+    every = plan.spec.checkpoint.every_s
+    clock = f" or {output.duration(every)}, whichever comes first" if every else ""
+    return (
+        f"{output.size(plan.checkpoint_bytes)}; a crash costs at most "
+        f"{plan.steps_at_risk:,} steps{clock}"
+    )
+
+
+def _line(console: Console, label: str, text: str) -> None:
+    words = Text(f"{label:<{INDENT}}", style="bold").append(text, style="not bold")
+    console.print(words, soft_wrap=not console.is_terminal)
+
+
+def _say(console: Console, words: str, style: str = "") -> None:
+    text = Text(output.printable(words), style=style)
+    console.print(text, soft_wrap=not console.is_terminal)
