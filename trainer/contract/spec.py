@@ -182,7 +182,7 @@ class GuardsSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """Validation in bits per byte: every so many steps (0: only at the end), over so many tokens."""
+    """Validation in bits per byte: every so many steps (0: at the end only), over so many tokens."""
 
     every: int = Field(250, ge=0, le=INT32_MAX)
     tokens: int = Field(41_943_040, ge=1, le=INT32_MAX)
@@ -275,7 +275,7 @@ class JobSpec(Section):
         return spec
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole spec as plain JSON values, every default written out, absent options left out."""
+        """The whole spec as plain JSON values: defaults written out, absent options left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     @property

@@ -1,0 +1,53 @@
+# The list of habits. `make demo` and `make test` set up what they need.
+.DEFAULT_GOAL := help
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread pool each for torch, so that tests are not slowed by idle threads of their neighbours.
+TEST := $(BIN)/python -m pytest -q --durations=8
+
+.PHONY: help setup demo test test-all lint fmt type proto bench check clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## a virtual environment with everything, pinned
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip==25.3
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[service,trainer,dev]'
+	touch $@
+
+demo: setup  ## train, stop, continue with other learning rates: the whole system in 4 minutes
+	@$(BIN)/python -m examples.demo
+
+test: setup  ## unit, property, contract and architecture tests; no system package needed
+	$(TEST) tests/unit tests/property tests/contract tests/architecture
+
+test-all: test  ## and integration and fault tests with real Ray, SeaweedFS and Prometheus
+	$(TEST) tests/integration tests/fault
+
+lint: setup  ## ruff, import rules, proto lint and breaking changes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/baseline.binpb
+
+fmt: setup  ## format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: setup  ## mypy --strict
+	$(BIN)/mypy
+
+proto: setup  ## generate the stubs
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
+		proto/everstep/v1/everstep.proto
+
+check: lint type test-all  ## what CI runs
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
