@@ -156,7 +156,7 @@ class Client:
             except ServiceUnreachableError:
                 now = time.monotonic()
                 away_since = now if away_since is None else away_since
-                if now - away_since > patience_s:
+                if now - away_since >= patience_s:
                     raise
             time.sleep(wait_s * random.uniform(0.8, 1.2))
             wait_s = min(wait_s * 1.6, LONGEST_WAIT_S)

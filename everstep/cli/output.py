@@ -22,7 +22,7 @@ from rich.console import Console
 
 from everstep.v1 import everstep_pb2 as pb
 
-PLAIN_WIDTH = 120  # of what goes to a file or a pipe
+PLAIN_WIDTH = 140  # of what goes to a file or a pipe
 
 STATE_STYLES = {
     "RUNNING": "green",
