@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from dataclasses import dataclass
 
 PREFIX = "evr1"
+# Prefix, job, host number, attempt, MAC. Only ASCII and short numbers: a token is anybody's text.
+_FORM = re.compile(PREFIX + r"\.([0-9A-Za-z]{1,64})\.([0-9]{1,10})\.([0-9]{1,10})\.[0-9a-f]{64}")
 
 
 class BadCredentialError(ValueError):
@@ -44,10 +47,10 @@ def check_credential(service_secret: bytes, token: str) -> AttemptIdentity:
     Raises:
         BadCredentialError: malformed, or not derived from service_secret.
     """
-    parts = token.split(".")
-    if len(parts) != 5 or parts[0] != PREFIX or not (parts[2].isdigit() and parts[3].isdigit()):
+    found = _FORM.fullmatch(token)
+    if found is None:
         raise BadCredentialError("not an attempt's credential")
-    identity = AttemptIdentity(parts[1], int(parts[2]), int(parts[3]))
+    identity = AttemptIdentity(found[1], int(found[2]), int(found[3]))
     key = host_key(service_secret, identity.job_id, identity.host_number)
     if not hmac.compare_digest(attempt_credential(key, identity), token):
         raise BadCredentialError("not issued by this service")

@@ -118,7 +118,8 @@ class DataSpec(Section):
     @field_validator("source", "tokenizer")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
-        if not re.match(r"^(file:/|s3://[^/]|builtin:[a-z0-9])", value):
+        # No control characters: no store has a name with one.
+        if not re.fullmatch(r"(file:/|s3://[^/]|builtin:[a-z0-9])[^\x00-\x1f]*", value):
             raise ValueError("must be file:/absolute/path, s3://bucket/prefix or builtin:name")
         return value
 
@@ -167,8 +168,8 @@ class StartSpec(Section):
     @field_validator("from_")
     @classmethod
     def _checkpoint_name(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(
-            r"^(nanochat:.+|[0-9A-Za-z]+)@(\d{1,10}|latest)$", value
+        if value is not None and not re.fullmatch(
+            r"(nanochat:.+|[0-9A-Za-z]{1,64})@([0-9]{1,10}|latest)", value
         ):
             raise ValueError("must be JOB@STEP, JOB@latest or nanochat:<folder or s3 uri>@STEP")
         return value
