@@ -1,0 +1,168 @@
+"""What would run: counts, rates, the guard of a continuation, and what is refused."""
+
+import math
+from typing import Any
+
+import pytest
+
+from trainer.contract.plan import Fork, Plan, make_plan, milestones
+from trainer.contract.scaling import param_groups
+from trainer.contract.schedule import GroupValues, InForce, Schedule
+from trainer.contract.shape import ModelShape
+from trainer.contract.spec import JobSpec
+from trainer.contract.violations import SpecError
+
+VOCAB = 32768
+K = math.sqrt(65536 / 524288)  # the batch's factor of every rate but the smear group's
+# At width 768 the width's factor is 1.
+BASE = {
+    "lm_head": 0.00048 * K,
+    "wte": 0.018 * K,
+    "value_embeds": 0.018 * K / 2,
+    "resid": 0.03 * K / 100,
+    "x0": 0.03 * K,
+    "smear": 0.2,
+    "matrix_6x12": 0.0012 * K,
+    "matrix_768x768": 0.0012 * K,
+    "matrix_768x3072": 0.0012 * K,
+    "matrix_3072x768": 0.0012 * K,
+}
+
+
+def exactly(value: float) -> Any:
+    return pytest.approx(value, rel=1e-12, abs=0)
+
+
+def spec_of(**sections: Any) -> JobSpec:
+    return JobSpec.parse(sections)
+
+
+def fork_at(step: int, scale: float = 1.0, **rates: float) -> Fork:
+    """A parent that ran with the default rates times scale."""
+    groups = param_groups(spec_of(), ModelShape.of(spec_of().model, VOCAB))
+    values = {
+        group.name: GroupValues(rates.get(group.name, group.lr * scale), 0.9, group.weight_decay)
+        for group in groups
+    }
+    return Fork(f"PARENT@{step}", step, InForce(step - 1, scale, 0.97, 0.1, values, 0.5))
+
+
+def continued(fork: Fork, **sections: Any) -> Plan:
+    spec = spec_of(**{"start": {"from": fork.name}, **sections})
+    return make_plan(spec, VOCAB, fork)
+
+
+def test_d12_has_the_known_counts_flops_and_micro_batches() -> None:
+    plan = make_plan(spec_of(), VOCAB)
+    counts = plan.counts
+    assert (counts.wte, counts.value_embeds, counts.lm_head) == (
+        25_165_824,
+        150_994_944,
+        25_165_824,
+    )
+    assert (counts.matrices, counts.scalars, counts.total) == (84_935_088, 50, 286_261_730)
+    assert plan.flops_per_token == 887_098_032
+    assert plan.grad_accum_steps == 4
+    assert (plan.start_step, plan.steps, plan.tokens) == (0, 300_000, 300_000 * 65536)
+    assert plan.steps_at_risk == 1000
+
+
+def test_a_d12_checkpoint_has_the_size_that_its_owner_measured() -> None:
+    # 0.79 GB of weights and 1.2 GB of optimizer state; nanochat keeps its bf16 tables as bf16.
+    assert make_plan(spec_of(), VOCAB).checkpoint_bytes == pytest.approx(1.99e9, rel=0.05)
+
+
+def test_the_users_command_gives_the_rates_of_every_group() -> None:
+    rows = {row.group: row for row in make_plan(spec_of(), VOCAB).rates}
+    assert set(rows) == set(BASE)
+    for group, rate in BASE.items():
+        step, first = rows[group].points[0]
+        assert (step, first.lr) == (0, exactly(rate)), group
+        assert rows[group].parent is None
+        assert rows[group].ratio is None
+    assert rows["matrix_768x768"].points[0][1].lr == pytest.approx(0.000424, rel=1e-3)
+
+
+def test_every_point_of_a_row_is_what_the_schedule_will_apply() -> None:
+    spec = spec_of(schedule={"num_iterations": 2000, "warmup_steps": 100, "warmdown_ratio": 0.5})
+    groups = param_groups(spec, ModelShape.of(spec.model, VOCAB))
+    schedule = Schedule(spec.schedule, groups)
+    plan = make_plan(spec, VOCAB)
+    steps = [step for step, _ in plan.rates[0].points]
+    assert steps == [0, 100, 400, 999, 1000, 1999] == list(milestones(spec, 0))
+    for row in plan.rates:
+        assert row.points == tuple((step, schedule.at(step).groups[row.group]) for step in steps)
+
+
+def test_a_continuation_shows_old_new_and_ratio_of_every_group() -> None:
+    plan = continued(fork_at(200_000, scale=0.8))
+    assert plan.start_step == 200_000
+    assert plan.steps == 100_000
+    for row in plan.rates:
+        assert row.parent is not None
+        assert row.parent.lr == exactly(BASE[row.group] * 0.8)
+        assert row.points[0] == (200_000, row.points[0][1])
+        assert row.points[0][1].lr == exactly(BASE[row.group])
+        assert row.ratio == exactly(1.25)
+    assert not plan.jumps
+
+
+def test_a_rate_far_above_the_parents_is_a_jump_that_says_all_about_itself() -> None:
+    plan = continued(fork_at(10, wte=BASE["wte"] / 5))
+    (jump,) = plan.jumps
+    assert (jump.group, jump.allowed) == ("wte", 2.0)
+    assert jump.ratio == exactly(5.0)
+    text = str(jump)
+    for part in ("wte", f"{BASE['wte'] / 5:.6g}", f"{BASE['wte']:.6g}", "5 times", "max_lr_jump 2"):
+        assert part in text
+
+
+def test_any_rate_above_a_parents_rate_of_zero_is_an_infinite_jump() -> None:
+    plan = continued(fork_at(10, smear=0.0, x0=0.0), optimizer={"scalar_lr": 0.0})
+    assert [(jump.group, jump.ratio) for jump in plan.jumps] == [("smear", math.inf)]
+    ratios = {row.group: row.ratio for row in plan.rates}
+    assert ratios["x0"] == 1.0  # 0 to 0 is no jump
+
+
+def test_a_factor_as_large_as_the_guard_is_no_jump() -> None:
+    assert not continued(fork_at(10, scale=0.25), guards={"max_lr_jump": 4.0}).jumps
+    assert continued(fork_at(10, scale=0.24), guards={"max_lr_jump": 4.0}).jumps
+
+
+def test_an_allowed_jump_is_a_warning() -> None:
+    plan = continued(fork_at(10, wte=1e-5), guards={"allow_lr_jump": True})
+    assert not plan.jumps
+    assert any("allowed by the spec" in text and "wte" in text for text in plan.warnings)
+
+
+def test_the_continue_anchor_goes_on_from_the_parent_without_a_jump() -> None:
+    plan = continued(fork_at(200_000, scale=0.3), schedule={"anchor": "continue"})
+    assert not plan.jumps
+    for row in plan.rates:
+        assert row.ratio == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("horizon", [200_000, 199_999, 1])
+def test_a_horizon_at_or_before_the_start_is_refused(horizon: int) -> None:
+    with pytest.raises(SpecError) as caught:
+        continued(fork_at(200_000), schedule={"num_iterations": horizon})
+    (violation,) = caught.value.violations
+    assert (violation.field, violation.value) == ("schedule.num_iterations", horizon)
+    assert "step 200000 of PARENT@200000" in violation.reason
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"model\.vocab_size: 500: the tokenizer has 32768"):
+        make_plan(spec_of(model={"vocab_size": 500}), VOCAB)
+
+
+def test_the_plan_warns_of_the_smear_rate_and_of_tables_in_bf16() -> None:
+    warnings = make_plan(spec_of(), VOCAB).warnings
+    assert any("smear" in text and "471 times" in text for text in warnings)
+    assert any("bf16" in text and "precision.embeddings: fp32" in text for text in warnings)
+    quiet = spec_of(optimizer={"smear_lr": 0.001}, precision={"embeddings": "fp32"})
+    assert make_plan(quiet, VOCAB).warnings == ()
+
+
+def test_without_checkpoints_by_steps_everything_is_at_risk() -> None:
+    assert make_plan(spec_of(checkpoint={"every_steps": 0}), VOCAB).steps_at_risk == 300_000
