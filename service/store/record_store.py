@@ -65,11 +65,7 @@ class RecordStore:
             StaleAttemptError: a newer attempt of the job is known.
         """
         async with self._database.write() as connection:
-            newest = await connection.scalar(
-                sa.select(sa.func.max(attempts.c.number)).where(attempts.c.job_id == attempt.job_id)
-            )
-            if newest is not None and newest > attempt.number:
-                raise StaleAttemptError(f"attempt {newest} of job {attempt.job_id} reports now")
+            await _check_newest(connection, attempt.job_id, attempt.number)
             acknowledged = await _acknowledged(connection, attempt.job_id, attempt.number)
             if acknowledged is not None:
                 return acknowledged
@@ -84,8 +80,13 @@ class RecordStore:
 
         Returns how many were new, and the number up to which everything is durable. Entries come
         in order; one that leaves a gap is not taken, so that the attempt sends from there again.
+
+        Raises:
+            StaleAttemptError: a newer attempt of the job is known. One that was given up but lives
+                on must not mix its points with the newer one's.
         """
         async with self._database.write() as connection:
+            await _check_newest(connection, job_id, attempt)
             acknowledged = await _acknowledged(connection, job_id, attempt)
             assert acknowledged is not None, "an attempt begins before it reports"
             fresh: list[NewRecord] = []
@@ -132,6 +133,14 @@ async def append_records(
     await connection.execute(
         sa.update(progress).where(progress.c.job_id == job_id).values(**changes)
     )
+
+
+async def _check_newest(connection: AsyncConnection, job_id: str, attempt: int) -> None:
+    newest = await connection.scalar(
+        sa.select(sa.func.max(attempts.c.number)).where(attempts.c.job_id == job_id)
+    )
+    if newest is not None and newest > attempt:
+        raise StaleAttemptError(f"attempt {newest} of job {job_id} reports now")
 
 
 async def _acknowledged(connection: AsyncConnection, job_id: str, attempt: int) -> int | None:
