@@ -25,7 +25,7 @@ from service.metrics import Metrics
 from service.ray_cluster import HostStatus, RayCluster
 from service.scheduler import Capacity, decide
 from service.store import JobStore, RecordStore
-from trainer.contract.outcome import AttemptResult, Outcome, Policy
+from trainer.contract.outcome import RESTART_BUDGET, AttemptResult, Outcome, Policy
 from trainer.contract.states import JobState
 
 TICK_S = 1.0
@@ -136,14 +136,19 @@ class Reconciler:
         if host is None:
             await self._without_host(job)
             return
+        stopping = job.desired is not Desired.RUNNING or self._suspending
+        if not stopping:
+            self._stop_asked.pop(job.id, None)  # a stop that was taken back: the next has its grace
         if not host.answered:
+            if stopping:
+                await self._press_stop(job)
             return
         results = [AttemptResult.from_dict(result) for result in host.results]
         failed = await self._note_ends(job, results)
         if host.finished:
             await self._cluster.kill_host(job.id, job.host_number)
-            await self._conclude(job, results[-1])
-        elif job.desired is not Desired.RUNNING or self._suspending:
+            await self._conclude(job, results)
+        elif stopping:
             await self._press_stop(job)
         elif failed and job.state is JobState.RUNNING:
             last = results[-1]
@@ -162,15 +167,18 @@ class Reconciler:
             ).inc()
         await self._start(job, "its host is gone; another one starts")
 
-    async def _conclude(self, job: Job, last: AttemptResult) -> None:
+    async def _conclude(self, job: Job, results: list[AttemptResult]) -> None:
         """The host is done: so is the job, unless it was set aside."""
         self._stop_asked.pop(job.id, None)
+        last = results[-1]
+        # With restarts left, a host ends only because it was told to start no other attempt.
+        told = last.policy is Policy.RESTART and (
+            len(results) <= RESTART_BUDGET or job.desired is not Desired.RUNNING or self._suspending
+        )
         if last.outcome is Outcome.COMPLETED:
             await self._move(job, JobState.SUCCEEDED, last.message, last.step)
-        elif last.outcome is Outcome.STOPPED or job.desired is Desired.CANCELLED:
+        elif told or last.outcome is Outcome.STOPPED or job.desired is Desired.CANCELLED:
             await self._move(job, STOPPED_AS[job.desired], last.message, last.step)
-        elif self._suspending and last.policy is Policy.RESTART:
-            await self._move(job, JobState.QUEUED, last.message, last.step)
         else:
             budget = "restart budget spent; " if last.policy is Policy.RESTART else ""
             reason = f"{budget}{last.outcome}: {last.message}"
@@ -226,6 +234,7 @@ class Reconciler:
 
     async def _start(self, job: Job, reason: str) -> None:
         """Number the next host first, then start it: a crash in between costs one number."""
+        self._stop_asked.pop(job.id, None)  # of another host
         if job.state is not JobState.STARTING:
             job = job.moved(JobState.STARTING, reason, time.time())
         numbered = replace(job, host_number=job.host_number + 1, reason=reason)

@@ -1,0 +1,391 @@
+"""The reconciler against a scripted cluster: one step at a time, and safe to die at any line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everstep.v1 import everstep_pb2 as pb
+from service import reconciler
+from service.errors import ClusterAwayError
+from service.jobs import Desired, Job
+from service.ray_cluster import HostStatus
+from tests.fakes.control_plane import ControlPlane, control_plane, new_job
+from trainer.contract.outcome import RESTART_BUDGET, AttemptResult, Outcome
+from trainer.contract.states import JobState
+
+COMPLETED = AttemptResult(1, Outcome.COMPLETED, "reached the horizon, step 12", 12, 12)
+STOPPED = AttemptResult(1, Outcome.STOPPED, "stopped as asked after step 5", 5, 5)
+LOST = AttemptResult(1, Outcome.WORKER_LOST, "the worker was killed", 3)
+STORE_AWAY = AttemptResult(1, Outcome.STORE_UNAVAILABLE, "the bucket is away", 0)
+FIRST = ("JOB1", 1)
+
+
+@pytest.fixture
+async def plane(tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    async with control_plane(tmp_path) as made:
+        yield made
+
+
+async def started(plane: ControlPlane, **changes: Any) -> Job:
+    """JOB1, STARTING on its first host."""
+    await plane.add(new_job(1, **changes))
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.host_number) == (JobState.STARTING, 1)
+    assert list(plane.cluster.known) == [FIRST]
+    return job
+
+
+async def running(plane: ControlPlane) -> Job:
+    """JOB1, RUNNING on its first host."""
+    return await plane.trains(await started(plane))
+
+
+async def test_a_queued_job_starts_when_its_resources_are_free(plane: ControlPlane) -> None:
+    await started(plane)
+    await plane.add(new_job(2))
+    await plane.add(new_job(3))
+    await plane.tick(2)
+    assert (await plane.job("JOB2")).state is JobState.STARTING
+    third = await plane.job("JOB3")
+    assert third.state is JobState.QUEUED
+    assert third.reason.startswith("place 1 in the queue: needs 0 GPU and 2 CPU, free are 0 and 0")
+    plane.cluster.ends(FIRST, COMPLETED)
+    await plane.tick()
+    assert (await plane.job("JOB3")).state is JobState.STARTING
+    assert [config["job_id"] for config in plane.cluster.started] == ["JOB1", "JOB2", "JOB3"]
+
+
+async def test_ticks_that_see_nothing_new_change_nothing(plane: ControlPlane) -> None:
+    job = await running(plane)
+    await plane.tick(3)
+    assert await plane.job("JOB1") == job
+    assert len(plane.cluster.started) == 1
+    assert not plane.cluster.killed
+
+
+async def test_a_host_that_is_gone_is_followed_by_one_with_a_higher_number(
+    plane: ControlPlane,
+) -> None:
+    await running(plane)
+    plane.cluster.lose(FIRST)
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.host_number) == (JobState.STARTING, 2)
+    assert list(plane.cluster.known) == [("JOB1", 2)]
+    assert await plane.states("JOB1") == ["QUEUED", "STARTING", "STARTING"]
+
+
+async def test_a_host_that_does_not_answer_is_not_given_up_for_dead(plane: ControlPlane) -> None:
+    job = await running(plane)
+    plane.cluster.known[FIRST] = HostStatus(*FIRST, answered=False)
+    await plane.tick(2)
+    assert await plane.job("JOB1") == job
+    assert not plane.cluster.killed
+
+
+async def test_a_completed_job_has_succeeded_and_its_host_is_gone(plane: ControlPlane) -> None:
+    await running(plane)
+    plane.cluster.ends(FIRST, COMPLETED)
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.reason) == (JobState.SUCCEEDED, COMPLETED.message)
+    assert job.ended_at is not None
+    assert plane.cluster.killed == [FIRST]
+    view = await plane.jobs.view("JOB1")
+    assert view is not None
+    assert view.attempts[0].outcome == "COMPLETED"
+
+
+async def test_a_job_brought_back_at_its_horizon_has_succeeded(plane: ControlPlane) -> None:
+    await started(plane)
+    plane.cluster.ends(FIRST, COMPLETED)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is JobState.SUCCEEDED
+
+
+async def test_an_outcome_that_would_come_again_fails_the_job_by_name(plane: ControlPlane) -> None:
+    await running(plane)
+    plane.cluster.ends(FIRST, AttemptResult(1, Outcome.NOT_FINITE, "step 4: loss nan", 3))
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.reason) == (JobState.FAILED, "NOT_FINITE: step 4: loss nan")
+    assert plane.cluster.killed == [FIRST]
+
+
+async def test_a_spent_restart_budget_fails_the_job_and_says_so(plane: ControlPlane) -> None:
+    await running(plane)
+    plane.cluster.ends(FIRST, *[LOST] * (RESTART_BUDGET + 1))
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert job.state is JobState.FAILED
+    assert job.reason == "restart budget spent; WORKER_LOST: the worker was killed"
+
+
+async def test_a_host_that_restarts_its_attempt_puts_the_job_back_to_starting(
+    plane: ControlPlane,
+) -> None:
+    await running(plane)
+    plane.cluster.says(FIRST, LOST)
+    await plane.tick(2)
+    job = await plane.job("JOB1")
+    assert (job.state, job.host_number) == (JobState.STARTING, 1)
+    await plane.trains(job, attempt=2)
+    await plane.tick(2)  # the old result is no news
+    assert (await plane.job("JOB1")).state is JobState.RUNNING
+
+
+async def test_cancelling_a_queued_job_needs_no_cluster(plane: ControlPlane) -> None:
+    plane.cluster.away = True
+    await plane.add(new_job(1))
+    await plane.want("JOB1", Desired.CANCELLED)
+    with pytest.raises(ClusterAwayError):
+        await plane.tick()
+    assert (await plane.job("JOB1")).state is JobState.CANCELLED
+
+
+@pytest.mark.parametrize("begin", [started, running])
+@pytest.mark.parametrize(
+    ("desired", "state"),
+    [(Desired.CANCELLED, JobState.CANCELLED), (Desired.PAUSED, JobState.PAUSED)],
+)
+async def test_an_active_job_is_stopped_through_its_host(
+    plane: ControlPlane, begin: Any, desired: Desired, state: JobState
+) -> None:
+    job = await begin(plane)
+    assert plane.reconciler.directive(job) == pb.DIRECTIVE_UNSPECIFIED
+    await plane.want("JOB1", desired)
+    assert plane.reconciler.directive(await plane.job("JOB1")) == pb.DIRECTIVE_STOP
+    await plane.tick(3)
+    assert plane.cluster.stopped == [FIRST]  # asked once
+    assert (await plane.job("JOB1")).state is job.state
+    plane.cluster.ends(FIRST, STOPPED)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is state
+    assert plane.cluster.killed == [FIRST]
+
+
+@pytest.mark.parametrize("desired", [Desired.CANCELLED, Desired.PAUSED])
+async def test_stopping_a_job_whose_host_is_gone_starts_no_other(
+    plane: ControlPlane, desired: Desired
+) -> None:
+    await running(plane)
+    await plane.want("JOB1", desired)
+    plane.cluster.lose(FIRST)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state.value == desired.value
+    assert len(plane.cluster.started) == 1
+
+
+@pytest.mark.parametrize("desired", [Desired.CANCELLED, Desired.PAUSED])
+async def test_an_attempt_that_breaks_while_it_stops_does_not_fail_the_job(
+    plane: ControlPlane, desired: Desired
+) -> None:
+    await running(plane)
+    await plane.want("JOB1", desired)
+    await plane.tick()
+    plane.cluster.ends(FIRST, STORE_AWAY)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state.value == desired.value
+
+
+async def test_a_stop_taken_back_after_the_host_heard_it_queues_the_job_again(
+    plane: ControlPlane,
+) -> None:
+    await running(plane)
+    await plane.want("JOB1", Desired.PAUSED)
+    await plane.tick()
+    await plane.want("JOB1", Desired.RUNNING)
+    plane.cluster.ends(FIRST, LOST)  # the host starts no further attempt
+    await plane.tick()
+    assert await plane.states("JOB1") == ["QUEUED", "STARTING", "QUEUED", "STARTING"]
+
+
+async def test_a_host_that_never_stops_is_ended_by_force(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await running(plane)
+    await plane.want("JOB1", Desired.CANCELLED)
+    await plane.tick(2)
+    assert not plane.cluster.killed
+    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert job.state is JobState.CANCELLED
+    assert job.reason.startswith("stopped by force")
+    assert plane.cluster.killed == [FIRST]
+
+
+async def test_a_host_that_does_not_even_answer_is_ended_by_force(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await running(plane)
+    plane.cluster.known[FIRST] = HostStatus(*FIRST, answered=False)
+    await plane.want("JOB1", Desired.CANCELLED)
+    await plane.tick(2)
+    assert not plane.cluster.killed
+    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is JobState.CANCELLED
+
+
+@pytest.mark.parametrize("lose_host", [True, False])
+async def test_a_second_pause_has_its_own_grace(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, lose_host: bool
+) -> None:
+    await running(plane)
+    await plane.want("JOB1", Desired.PAUSED)
+    await plane.tick()
+    if lose_host:
+        plane.cluster.lose(FIRST)
+        await plane.tick()
+    await plane.want("JOB1", Desired.RUNNING)
+    await plane.tick(2)
+    job = await plane.job("JOB1")
+    assert job.holds_resources
+    await plane.want("JOB1", Desired.PAUSED)
+    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)  # the first pause's grace is long over
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is job.state
+    assert plane.cluster.stopped == [FIRST, ("JOB1", job.host_number)]
+    assert not plane.cluster.killed
+
+
+async def test_a_paused_job_is_queued_again_when_resumed(plane: ControlPlane) -> None:
+    await running(plane)
+    await plane.want("JOB1", Desired.PAUSED)
+    await plane.tick()
+    plane.cluster.ends(FIRST, STOPPED)
+    await plane.tick()
+    await plane.want("JOB1", Desired.RUNNING)
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.host_number) == (JobState.STARTING, 2)
+    entered = ["QUEUED", "STARTING", "PAUSED", "QUEUED", "STARTING"]
+    assert await plane.states("JOB1") == entered
+
+
+async def test_a_job_paused_before_it_ran_waits_aside(plane: ControlPlane) -> None:
+    await plane.add(new_job(1))
+    await plane.want("JOB1", Desired.PAUSED)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is JobState.PAUSED
+    assert not plane.cluster.started
+    await plane.want("JOB1", Desired.CANCELLED)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is JobState.CANCELLED
+
+
+async def test_a_suspended_service_queues_what_runs_and_starts_nothing(
+    plane: ControlPlane,
+) -> None:
+    job = await running(plane)
+    await plane.add(new_job(2))
+    suspending = asyncio.create_task(plane.reconciler.suspend())
+    await asyncio.sleep(0)
+    await plane.tick()
+    assert plane.reconciler.directive(job) == pb.DIRECTIVE_STOP
+    assert plane.cluster.stopped == [FIRST]
+    plane.cluster.ends(FIRST, STOPPED)
+    await plane.tick()
+    await asyncio.wait_for(suspending, 5)
+    assert (await plane.job("JOB1")).state is JobState.QUEUED
+    assert (await plane.job("JOB2")).state is JobState.QUEUED
+    assert len(plane.cluster.started) == 1
+
+
+async def test_foreign_and_stale_hosts_are_killed(plane: ControlPlane) -> None:
+    await running(plane)
+    plane.cluster.known[("NOBODY", 1)] = HostStatus("NOBODY", 1, answered=True)
+    plane.cluster.known[("JOB1", 7)] = HostStatus("JOB1", 7, answered=False)
+    await plane.tick()
+    assert set(plane.cluster.killed) == {("NOBODY", 1), ("JOB1", 7)}
+    assert list(plane.cluster.known) == [FIRST]
+
+
+@pytest.mark.parametrize("method", ["capacity", "hosts"])
+async def test_a_cluster_that_is_away_changes_nothing(plane: ControlPlane, method: str) -> None:
+    job = await running(plane)
+    plane.cluster.lose(FIRST)
+    fault = plane.cluster.script(method, ClusterAwayError("scripted"))
+    with pytest.raises(ClusterAwayError):
+        await plane.tick()
+    assert fault.fired
+    assert await plane.job("JOB1") == job
+    assert len(plane.cluster.started) == 1
+
+
+class DiedError(Exception):
+    """Where the service's process would have died."""
+
+
+async def started_and_paused(plane: ControlPlane) -> None:
+    await plane.tick()
+    await plane.trains(await plane.job("JOB1"))
+    await plane.want("JOB1", Desired.PAUSED)
+    await plane.tick()
+    plane.cluster.ends(FIRST, STOPPED)
+    await plane.tick()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("method", ["start_host", "kill_host", "stop_host"])
+async def test_a_crash_at_any_call_to_the_cluster_is_made_good_by_the_next_service(
+    tmp_path: Path, method: str, after: bool
+) -> None:
+    async with control_plane(tmp_path) as plane:
+        cluster = plane.cluster
+        await plane.add(new_job(1))
+        fault = cluster.script(method, DiedError(), after)
+        with pytest.raises(DiedError):
+            await started_and_paused(plane)
+        assert fault.fired
+    async with control_plane(tmp_path, cluster) as plane:
+        await plane.tick(2)
+        job = await plane.job("JOB1")
+        assert len(cluster.known) <= 1
+        if method == "start_host":
+            assert job.state is JobState.STARTING
+            # A number that was given out costs nothing; a host that was started is the one.
+            assert list(cluster.known) == [("JOB1", job.host_number)]
+            assert job.host_number == (1 if after else 2)
+            return
+        if method == "stop_host":
+            cluster.ends(FIRST, STOPPED)
+            await plane.tick()
+        assert (await plane.job("JOB1")).state is JobState.PAUSED
+        assert not cluster.known
+        assert len(cluster.started) == 1
+
+
+async def test_a_restarted_service_leaves_a_running_job_alone(tmp_path: Path) -> None:
+    async with control_plane(tmp_path) as plane:
+        job = await running(plane)
+        cluster = plane.cluster
+    async with control_plane(tmp_path, cluster) as plane:
+        await plane.tick(3)
+        assert await plane.job("JOB1") == job
+        assert len(cluster.started) == 1
+        assert not cluster.killed
+        assert not cluster.stopped
+
+
+async def test_the_loop_outlives_its_failures(plane: ControlPlane) -> None:
+    away = plane.cluster.script("capacity", ClusterAwayError("scripted"))
+    bug = plane.cluster.script("hosts", RuntimeError("scripted"))
+    await plane.add(new_job(1))
+    loop = asyncio.create_task(plane.reconciler.run())
+    try:
+        async with asyncio.timeout(20):
+            while not plane.cluster.started:
+                plane.reconciler.wake()
+                await asyncio.sleep(0.01)
+    finally:
+        loop.cancel()
+    assert away.fired
+    assert bug.fired
