@@ -1,0 +1,59 @@
+"""The newest migration's tables are those of the schema, and migrating again changes nothing."""
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from service.store import schema
+from service.store.database import MIGRATIONS, migrate
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> sa.Engine:
+    migrate(tmp_path / "fresh.db")
+    return sa.create_engine(f"sqlite:///{tmp_path}/fresh.db", poolclass=sa.NullPool)
+
+
+def structure(engine: sa.Engine) -> dict[str, str]:
+    with engine.connect() as connection:
+        rows = connection.execute(sa.text("SELECT name, sql FROM sqlite_master"))
+        return {name: sql for name, sql in rows if sql}
+
+
+def test_the_newest_revision_is_the_schema(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, schema.metadata) == []
+        assert context.get_current_heads() == tuple(ScriptDirectory(str(MIGRATIONS)).get_heads())
+
+
+def test_what_a_comparison_of_tables_does_not_see_is_the_same_too(
+    engine: sa.Engine, tmp_path: Path
+) -> None:
+    direct = sa.create_engine(f"sqlite:///{tmp_path}/direct.db", poolclass=sa.NullPool)
+    schema.metadata.create_all(direct)
+    migrated = structure(engine)
+    migrated.pop("alembic_version")
+    squeezed = {name: " ".join(sql.split()) for name, sql in migrated.items()}
+    assert squeezed == {name: " ".join(sql.split()) for name, sql in structure(direct).items()}
+
+
+def test_migrating_twice_is_safe_and_keeps_the_rows(engine: sa.Engine, tmp_path: Path) -> None:
+    before = structure(engine)
+    row = dict.fromkeys(schema.jobs.c.keys(), 0) | {"spec": {}, "start": None, "id": "J"}
+    with engine.begin() as connection:
+        connection.execute(sa.insert(schema.jobs).values(row))
+    migrate(tmp_path / "fresh.db")
+    assert structure(engine) == before
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(schema.jobs.c.id)) == "J"
+
+
+def test_there_is_one_line_of_migrations() -> None:
+    script = ScriptDirectory(str(MIGRATIONS))
+    assert len(script.get_heads()) == 1
+    assert len(script.get_bases()) == 1
