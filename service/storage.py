@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -114,7 +115,7 @@ class Storage:
         size = 0
         if tokenizer.startswith(BUILTIN):
             corpus, _, text = tokenizer.removeprefix(BUILTIN).rpartition("-")
-            size = int(text) if text.isdigit() else 0
+            size = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
             if corpus != BUILTIN_CORPUS or not 512 <= size <= 65_536:
                 reason = (
                     f"a builtin tokenizer is {BUILTIN}{BUILTIN_CORPUS}-<vocabulary size>, "
