@@ -54,6 +54,12 @@ STATUSES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
 ]
 
+# Clients refuse more than 8 KB of trailing metadata, where bytes grow by a third and more: so a spec
+# that is wrong everywhere names every field, with shorter sentences.
+MESSAGE_BYTES = 500
+DETAILS_BYTES = 4000
+FIELD_OVERHEAD_BYTES = 8
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 caller: ContextVar[AttemptIdentity | None] = ContextVar("caller", default=None)
@@ -181,21 +187,34 @@ def describe(error: Exception) -> tuple[grpc.StatusCode, str, list[Any]]:
     for kind, code in STATUSES:
         if isinstance(error, kind):
             if isinstance(error, SpecError):
-                return code, f"the spec is refused: {error}", [_bad_request(error)]
+                message = _cut(f"the spec is refused: {error}", MESSAGE_BYTES)
+                return code, message, [_bad_request(error)]
             assert isinstance(error, errors.ServiceError)
             info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
             return code, str(error), [info]
+    if isinstance(error, NotImplementedError):  # from the generated base class
+        return grpc.StatusCode.UNIMPLEMENTED, "a later release answers this call", []
     number = secrets.token_hex(4)
     log.error("internal error %s", number, exc_info=error)
     return grpc.StatusCode.INTERNAL, f"internal error; number {number} in the service's log", []
 
 
 def _bad_request(error: SpecError) -> error_details_pb2.BadRequest:
+    room = DETAILS_BYTES // max(len(error.violations), 1) - FIELD_OVERHEAD_BYTES
     return error_details_pb2.BadRequest(
         field_violations=[
             error_details_pb2.BadRequest.FieldViolation(
-                field=violation.field, description=violation.describe()
+                field=violation.field,
+                description=_cut(violation.describe(), max(room - len(violation.field), 0)),
             )
             for violation in error.violations
         ]
     )
+
+
+def _cut(text: str, limit_bytes: int) -> str:
+    """The text, or what of it fits."""
+    raw = text.encode(errors="replace")
+    if len(raw) <= limit_bytes:
+        return text
+    return raw[: max(limit_bytes - 3, 0)].decode(errors="ignore") + "..."

@@ -5,6 +5,7 @@ Calls that a later release fills answer UNIMPLEMENTED, which the generated base 
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -71,7 +72,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
             raise InvalidRequestError(f"page_size: {request.page_size}: 0 to {MAX_PAGE}")
         size = request.page_size or DEFAULT_PAGE
         try:
-            before = int(request.page_token) if request.page_token else None
+            before = _submission(request.page_token)
             states = [convert.state_from_proto(number) for number in request.states]
         except ValueError as error:
             raise InvalidRequestError(f"page_token or states: {error}") from error
@@ -123,6 +124,15 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
                 for manifest in manifests
             ]
         )
+
+
+def _submission(page_token: str) -> int | None:
+    """The submission number that a page token is; ValueError."""
+    if not page_token:
+        return None
+    if not re.fullmatch("[0-9]{1,18}", page_token):
+        raise ValueError("not a token that this service gave out")
+    return int(page_token)
 
 
 def _final_checkpoint(view: JobView, manifest: Manifest | None) -> pb.FinalCheckpoint:
