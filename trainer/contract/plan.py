@@ -110,6 +110,7 @@ def make_plan(spec: JobSpec, vocab_size: int, fork: Fork | None = None) -> Plan:
     schedule = Schedule(spec.schedule, groups, start_step, fork.in_force if fork else None)
     rates = tuple(_rate_row(group, schedule, spec, start_step, fork) for group in groups)
     jumps = tuple(_jump(row, spec) for row in rates if _jumps(row, spec))
+    allowed = spec.guards.allow_lr_jump
     return Plan(
         spec=spec,
         shape=shape,
@@ -119,8 +120,8 @@ def make_plan(spec: JobSpec, vocab_size: int, fork: Fork | None = None) -> Plan:
         start_step=start_step,
         fork=fork,
         rates=rates,
-        jumps=() if spec.guards.allow_lr_jump else jumps,
-        warnings=_warnings(spec, groups, jumps),
+        jumps=() if allowed else jumps,
+        warnings=_warnings(spec, groups, jumps if allowed else ()),
         checkpoint_bytes=checkpoint_bytes(spec, shape),
     )
 

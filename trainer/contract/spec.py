@@ -183,7 +183,7 @@ class GuardsSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """Validation in bits per byte: every so many steps (0: at the end only), over so many tokens."""
+    """Validation in bits per byte: every so many steps (0: at the end only), over many tokens."""
 
     every: int = Field(250, ge=0, le=INT32_MAX)
     tokens: int = Field(41_943_040, ge=1, le=INT32_MAX)

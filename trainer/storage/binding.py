@@ -19,6 +19,7 @@ from trainer.storage.object_store import (
     NotFoundError,
     ObjectInfo,
     ObjectStore,
+    StoreRefusedError,
     StoreUriError,
     open_store,
 )
@@ -92,7 +93,10 @@ def bind(
         StoreError: the store itself can't be used.
     """
     store = open_for("data.source", source_uri, opener)
-    found = list_shards(store)
+    try:
+        found = list_shards(store)
+    except StoreRefusedError as error:
+        raise BindingError("data.source", source_uri, str(error)) from error
     if not found:
         anything = next(iter(store.list("")), None) is not None
         reason = "holds no .parquet file" if anything else "there is no such folder, or it is empty"
@@ -125,7 +129,7 @@ def bind_tokenizer(uri: str, opener: OpenStore = open_store) -> TokenizerRef:
     store = open_for("data.tokenizer", uri, opener)
     try:
         form, files = read_tokenizer_files(store)
-    except (NotFoundError, TokenizerError) as error:
+    except (NotFoundError, StoreRefusedError, TokenizerError) as error:
         raise BindingError("data.tokenizer", uri, str(error)) from error
     return TokenizerRef.model_validate(
         {"uri": uri, "format": form, "vocab_size": files.vocab_size, "sha256": files.sha256}
