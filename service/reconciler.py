@@ -157,15 +157,21 @@ class Reconciler:
 
     async def _without_host(self, job: Job) -> None:
         """The cluster answers and doesn't know the host: it died, or was never started."""
+        await self._end_lost_attempts(job)
         if job.desired is not Desired.RUNNING or self._suspending:
             reason = "stopped when its host was already gone; the last committed checkpoint stands"
             await self._move(job, STOPPED_AS[job.desired], reason)
-            return
-        if job.host_number:
-            self._metrics.restarts.labels(
-                job_id=job.id, job_name=job.spec.name, cause="HOST_LOST"
-            ).inc()
-        await self._start(job, "its host is gone; another one starts")
+        else:
+            await self._start(job, "its host is gone; another one starts")
+
+    async def _end_lost_attempts(self, job: Job) -> None:
+        """Attempts that nobody is left to tell of ended with their host."""
+        view = await self._jobs.view(job.id)
+        for attempt in view.attempts if view else ():
+            if attempt.ended_at is None:
+                step = view.progress.step if view else attempt.start_step
+                lost = AttemptResult(attempt.number, Outcome.HOST_LOST, "its host is gone", step)
+                await self._note_ends(job, [lost])
 
     async def _conclude(self, job: Job, results: list[AttemptResult]) -> None:
         """The host is done: so is the job, unless it was set aside."""
