@@ -47,7 +47,8 @@ class StartError(Exception):
 def main() -> None:
     """`python -m service`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("alembic", "botocore", "boto3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     settings = _settings()
     try:
         with _sole_owner(settings.state):
@@ -152,6 +153,9 @@ async def _run(
             "cpus_per_worker": resources.cpus_per_worker,
         }
 
+    for job in await jobs.unfinished():
+        if view := await jobs.view(job.id):
+            metrics.restore(view)
     reconciler = Reconciler(jobs, records, cluster, metrics, host_config)
     storage = Storage(store)
     lifecycle = Lifecycle(database, storage, lambda: reconciler.capacity, reconciler.wake)
@@ -178,7 +182,7 @@ async def _run(
     try:
         await stop.wait()
         log.info("stopping")
-        if parts is not None:
+        if parts is not None or settings.suspend_on_stop:
             log.info("checkpointing what runs")
             await reconciler.suspend()
     finally:

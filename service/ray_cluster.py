@@ -175,6 +175,8 @@ class Agent:
             "lifetime": "detached",
             "get_if_exists": True,
             "num_cpus": 0,
+            # With the head, never on the node beside the service: a host outlives the service.
+            "resources": {"node:__internal_head__": 0.001},
             "max_concurrency": 8,
             "max_restarts": 0,  # the reconciler starts the next host, nobody else
         }

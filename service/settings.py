@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     secret: SecretStr | None = Field(None, description="32 bytes in hex; attempts' credentials")
     advertise: str | None = Field(None, description="address at which workers reach the service")
     cache: Path | None = Field(None, description="folder of caches on the workers")
+    suspend_on_stop: bool = Field(
+        False, description="checkpoint what runs before stopping: Ray goes down with the service"
+    )
 
     def resolved(self) -> dict[str, Any]:
         """For a log line: everything but secrets."""
