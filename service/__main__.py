@@ -33,7 +33,7 @@ from service.settings import Settings
 from service.storage import Storage
 from service.store import Database, JobStore, RecordStore
 from trainer.contract.credential import host_key
-from trainer.storage.object_store import StoreError, open_store, probe
+from trainer.storage.object_store import ObjectStore, StoreError, open_store, probe
 
 STATES_EVERY_S = 2.0
 PROBE_S = 30.0  # a store that has just come up may need a moment
@@ -83,18 +83,18 @@ async def _serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     parts = standalone.Standalone(settings.state) if settings.standalone else None
-    if parts is not None:
-        settings = _wired(settings, parts)
-        os.environ.update(parts.wiring.s3_environment)
-        try:
-            await parts.start(log.info)
-        except BaseException:
-            await parts.end()
-            raise
+    if parts is None:
+        await _run(settings, None, stop)
+        return
+    settings = _wired(settings, parts)
+    os.environ.update(parts.wiring.s3_environment)
+    adopted = False
     try:
+        adopted = await parts.start(log.info)
         await _run(settings, parts, stop)
     finally:
-        if parts is not None and stop.is_set():
+        # A service that fails leaves running what it found running: jobs may be at work there.
+        if stop.is_set() or not adopted:
             log.info("taking Ray and SeaweedFS down")
             await parts.end()
 
@@ -109,6 +109,7 @@ def _wired(settings: Settings, parts: standalone.Standalone) -> Settings:
         "ray_address": parts.ray_address,
         "admin_token": wiring.admin_token,
         "secret": wiring.secret,
+        "suspend_on_stop": True,  # Ray goes down with us
     }
     given = settings.model_fields_set
     return settings.model_copy(
@@ -123,19 +124,53 @@ def _wired(settings: Settings, parts: standalone.Standalone) -> Settings:
 async def _run(
     settings: Settings, parts: standalone.Standalone | None, stop: asyncio.Event
 ) -> None:
+    """Serve until stop is set."""
     if settings.storage is None or settings.ray_address is None:
         raise StartError("set EVERSTEP_STORAGE and EVERSTEP_RAY_ADDRESS, or use --standalone")
     if settings.admin_token is None or settings.secret is None:
         raise StartError("set EVERSTEP_ADMIN_TOKEN and EVERSTEP_SECRET (32 bytes in hex)")
-    secret = bytes.fromhex(settings.secret.get_secret_value())
     store = open_store(settings.storage)
     await _probe(store)
-    database = await Database.open(settings.state / "everstep.db")
-    jobs, records = JobStore(database), RecordStore(database)
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     cluster = RayCluster(settings.ray_address, parts.ray_environment if parts else {})
-    address = settings.advertise or settings.listen
+    async with contextlib.AsyncExitStack() as cleanup:
+        database = await Database.open(settings.state / "everstep.db")
+        cleanup.push_async_callback(database.close)
+        cleanup.push_async_callback(cluster.close)
+        server, reconciler = _compose(settings, store, database, cluster, metrics)
+        address = await _listen(server, settings)
+        cleanup.push_async_callback(server.stop)
+        metrics_url = _serve_metrics(settings.metrics_listen, registry)
+        jobs = JobStore(database)
+        for job in await jobs.unfinished():
+            if view := await jobs.view(job.id):
+                metrics.restore(view)
+        background = [reconciler.run(), _count_states(jobs, metrics)]
+        if parts is not None:
+            background.append(parts.supervise(cluster.close))
+        tasks = [asyncio.create_task(each) for each in background]
+        cleanup.push_async_callback(_cancel, tasks)
+        _announce(settings, parts, address, metrics_url)
+        cleanup.callback((settings.state / "service.json").unlink, missing_ok=True)
+        await stop.wait()
+        log.info("stopping")
+        if settings.suspend_on_stop:
+            log.info("checkpointing what runs")
+            await reconciler.suspend()
+
+
+def _compose(
+    settings: Settings,
+    store: ObjectStore,
+    database: Database,
+    cluster: RayCluster,
+    metrics: Metrics,
+) -> tuple[Server, Reconciler]:
+    """Every part of the service, each handed what it needs."""
+    assert settings.admin_token is not None
+    assert settings.secret is not None
+    secret = bytes.fromhex(settings.secret.get_secret_value())
     cache = (settings.cache or settings.state / "cache").resolve()
 
     def host_config(job: Job) -> dict[str, Any]:
@@ -145,7 +180,7 @@ async def _run(
             "host_number": job.host_number,
             "storage_uri": settings.storage,
             "cache_dir": str(cache),
-            "service_address": address,
+            "service_address": settings.advertise or settings.listen,
             "service_ca": None,
             "host_key": host_key(secret, job.id, job.host_number),
             "num_workers": resources.workers.min,
@@ -153,46 +188,31 @@ async def _run(
             "cpus_per_worker": resources.cpus_per_worker,
         }
 
-    for job in await jobs.unfinished():
-        if view := await jobs.view(job.id):
-            metrics.restore(view)
+    jobs, records = JobStore(database), RecordStore(database)
     reconciler = Reconciler(jobs, records, cluster, metrics, host_config)
     storage = Storage(store)
     lifecycle = Lifecycle(database, storage, lambda: reconciler.capacity, reconciler.wake)
-    gate = Gate(settings.admin_token.get_secret_value(), secret, metrics)
     server = Server(
-        gate,
+        Gate(settings.admin_token.get_secret_value(), secret, metrics),
         TrainingServicer(lifecycle, storage),
         RunServicer(jobs, records, metrics, reconciler.directive),
     )
+    return server, reconciler
+
+
+async def _listen(server: Server, settings: Settings) -> str:
+    """Start the server; the address that clients on this machine use."""
     host, _, _port = settings.listen.rpartition(":")
     try:
-        bound = await server.start(settings.listen)
+        return f"{host}:{await server.start(settings.listen)}"
     except RuntimeError as error:
         raise StartError(f"{settings.listen} can't be listened on; is it taken? {error}") from error
-    address = settings.advertise or f"{host}:{bound}"
-    metrics_url = _serve_metrics(settings.metrics_listen, registry)
-    _announce(settings, parts, address, metrics_url)
-    background = [
-        asyncio.create_task(reconciler.run()),
-        asyncio.create_task(_count_states(jobs, metrics)),
-    ]
-    if parts is not None:
-        background.append(asyncio.create_task(parts.supervise(cluster.close)))
-    try:
-        await stop.wait()
-        log.info("stopping")
-        if parts is not None or settings.suspend_on_stop:
-            log.info("checkpointing what runs")
-            await reconciler.suspend()
-    finally:
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
-        await server.stop()
-        await cluster.close()
-        await database.close()
-        (settings.state / "service.json").unlink(missing_ok=True)
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _probe(store: Any) -> None:

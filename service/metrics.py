@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from everstep.v1 import everstep_pb2 as pb
-from service.jobs import Job
+from service.jobs import Job, JobView
 from trainer.contract.states import JobState
 
 JOB = ("job_id", "job_name")
@@ -116,6 +116,15 @@ class Metrics:
                 self.checkpoint_bytes.labels(**labels).set(event.checkpoint_bytes)
                 self.checkpoint_seconds.labels(**labels).set(event.checkpoint_s)
                 self.checkpoint_stall.labels(**labels).inc(event.checkpoint_stall_s)
+
+    def restore(self, view: JobView) -> None:
+        """What a service that has just started knows of a job: alerts must not wait for news."""
+        labels = {"job_id": view.job.id, "job_name": view.job.spec.name}
+        self.step.labels(**labels).set(view.progress.step)
+        if view.progress.checkpoint_at is not None:
+            self.checkpoint_committed.labels(**labels).set(view.progress.checkpoint_at)
+        if view.progress.validation_bpb is not None:
+            self.validation_bpb.labels(**labels).set(view.progress.validation_bpb)
 
     def observe_running(self, job: Job) -> None:
         """A job trains for the first time."""

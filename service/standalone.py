@@ -116,18 +116,22 @@ class Standalone:
         """Ray's GCS."""
         return f"{RAY_IP}:{self.wiring.ray_gcs_port}"
 
-    async def start(self, say: Callable[[str], None]) -> None:
-        """Start both, or find them running. PartFailedError where one won't."""
+    async def start(self, say: Callable[[str], None]) -> bool:
+        """Start both, or find them running; whether Ray was found, with jobs perhaps at work.
+
+        Raises:
+            PartFailedError: one won't start; neither is left running then, unless it was found.
+        """
         say("starting SeaweedFS (S3) and Ray")
-        seaweedfs = asyncio.create_task(self._seaweedfs.start(START_S))
-        ray = asyncio.create_task(self._ray.start(START_S))
-        try:
-            adopted = await asyncio.gather(seaweedfs, ray)
-        except BaseException:
-            await asyncio.gather(seaweedfs, ray, return_exceptions=True)
-            raise
-        if all(adopted):
+        found = await asyncio.gather(
+            self._seaweedfs.start(START_S), self._ray.start(START_S), return_exceptions=True
+        )
+        for outcome in found:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        if all(found):
             say("found both running: jobs were not disturbed")
+        return bool(found[1])
 
     async def supervise(self, ray_revived: Callable[[], Awaitable[None]]) -> None:
         """Bring back what dies, for ever."""
