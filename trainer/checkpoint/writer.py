@@ -23,12 +23,7 @@ from trainer.checkpoint.train_state import Snapshot
 from trainer.events import CheckpointCommitted, Reporter, Warned
 from trainer.storage.manifest import CheckpointRef, Manifest, Part
 from trainer.storage.object_store import StoreError
-from trainer.storage.repository import (
-    CheckpointRepository,
-    CorruptCheckpointError,
-    NotClaimedError,
-    StaleWriterError,
-)
+from trainer.storage.repository import CheckpointRepository, StaleWriterError
 from trainer.storage.retention import Retention, prune
 
 PART_BYTES = 1 << 30  # a part of about this size uploads and verifies in parallel with others
@@ -50,6 +45,8 @@ class Provenance:
 class _Order:
     snapshot: Snapshot
     stall_s: float
+    # Taken once: a commit whose answer was lost is repeated with the very same manifest.
+    created_at: datetime
 
 
 class CheckpointWriter:
@@ -92,7 +89,7 @@ class CheckpointWriter:
     def save(self, snapshot: Snapshot, stall_s: float) -> None:
         """Take a snapshot over; returns at once. stall_s: how long taking it stopped training."""
         with self._changed:
-            self._waiting = _Order(snapshot, stall_s)
+            self._waiting = _Order(snapshot, stall_s, datetime.now(UTC))
             self._changed.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
@@ -134,7 +131,11 @@ class CheckpointWriter:
             try:
                 self._commit(order)
                 return
-            except (StoreError, CorruptCheckpointError, NotClaimedError, OSError) as error:
+            except StaleWriterError:
+                raise
+            except Exception as error:
+                # Store, scratch disk, a claim that can't be read: this thread must outlive them
+                # all, or later checkpoints would silently not be.
                 if tries == 0:
                     message = f"checkpoint at step {order.snapshot.step}: {error}; trying again"
                     self._reporter.event(Warned(order.snapshot.step, message))
@@ -174,7 +175,7 @@ class CheckpointWriter:
                 identity=about.identity,
                 versions=about.versions,
                 validation_bpb=snapshot.validation_bpb,
-                created_at=datetime.now(UTC),
+                created_at=order.created_at,
             )
             self._repository.commit(manifest)
         finally:
