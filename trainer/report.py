@@ -63,6 +63,7 @@ class ServiceReporter:
         self._sequence = 0
         self._directive = Directive.GO_ON
         self._closing = threading.Event()
+        self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
         self._thread.start()
 
@@ -85,6 +86,7 @@ class ServiceReporter:
         """Deliver what is left, but wait no longer than CLOSE_S for a service that is away."""
         self._closing.set()
         self._thread.join(CLOSE_S)
+        self._given_up.set()
 
     def _add(self, entry: pb.ReportEntry) -> None:
         entry.time.FromNanoseconds(time.time_ns())
@@ -116,8 +118,9 @@ class ServiceReporter:
                 log.warning("the service does not answer; connecting again")
             pause_s = RECONNECT_S[min(failures, len(RECONNECT_S) - 1)]
             failures += 1
-            if self._closing.wait(pause_s):
-                time.sleep(RECONNECT_S[0])  # closing: try again at once, until close gives up
+            # Closing: try again soon, until close gives up.
+            if self._closing.wait(pause_s) and self._given_up.wait(RECONNECT_S[0]):
+                return
 
     def _gave_up(self, error: grpc.RpcError) -> bool:
         """A refusal is final: this attempt is stale, or not the service's own."""
@@ -169,7 +172,10 @@ class ServiceReporter:
         with self._lock:
             while self._waiting and self._waiting[0].sequence <= answer.acknowledged_sequence:
                 self._waiting.popleft()
-        self._directive = DIRECTIVES.get(answer.directive, Directive.GO_ON)
+        told = DIRECTIVES.get(answer.directive, Directive.GO_ON)
+        # A checkpoint is asked for in one answer; it stays asked for until the loop has heard it.
+        if told is not Directive.GO_ON or self._directive is not Directive.CHECKPOINT:
+            self._directive = told
 
 
 def _answers(call: Iterator[pb.ReportResponse]) -> Iterator[pb.ReportResponse]:
