@@ -54,8 +54,8 @@ STATUSES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
 ]
 
-# Clients refuse more than 8 KB of trailing metadata, where bytes grow by a third and more: so a spec
-# that is wrong everywhere names every field, with shorter sentences.
+# Clients refuse more than 8 KB of trailing metadata, where bytes grow by a third and more: so a
+# spec that is wrong everywhere names every field, with shorter sentences.
 MESSAGE_BYTES = 500
 DETAILS_BYTES = 4000
 FIELD_OVERHEAD_BYTES = 8
