@@ -4,8 +4,9 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One thread pool each for torch, so that tests are not slowed by idle threads of their neighbours.
 TEST := $(BIN)/python -m pytest -q --durations=8
+# Two processes of one torch thread each; threads that wait must not spin on the other's core.
+HALVES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TORCHINDUCTOR_COMPILE_THREADS=1
 
 .PHONY: help setup demo test test-all lint fmt type proto bench check clean
 
@@ -24,7 +25,7 @@ demo: setup  ## train, stop, continue with other learning rates: the whole syste
 	@$(BIN)/python -m examples.demo
 
 test: setup  ## unit, property, contract and architecture tests; no system package needed
-	$(TEST) tests/unit tests/property tests/contract tests/architecture
+	$(HALVES) $(TEST) -n 2 --dist worksteal tests/unit tests/property tests/contract tests/architecture
 
 test-all: test  ## and integration and fault tests with real Ray, SeaweedFS and Prometheus
 	$(TEST) tests/integration tests/fault

@@ -23,9 +23,9 @@ from everstep import Client
 from everstep.v1 import everstep_pb2 as pb
 
 T = TypeVar("T")
-READY_S = 90.0
-STOP_S = 90.0
-WAIT_S = 120.0
+READY_S = 180.0
+STOP_S = 180.0
+WAIT_S = 300.0  # a loaded machine; usually a tenth of it
 
 # A model small enough that a job takes seconds, on the text that ships with the tests.
 CORPUS = Path(__file__).parent / "data" / "corpus"

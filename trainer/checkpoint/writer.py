@@ -24,9 +24,10 @@ from trainer.events import CheckpointCommitted, Reporter, Warned
 from trainer.storage.manifest import CheckpointRef, Manifest, Part
 from trainer.storage.object_store import StoreError
 from trainer.storage.repository import CheckpointRepository, StaleWriterError
-from trainer.storage.retention import Retention, prune
+from trainer.storage.retention import Retention, prune, sweep_orphans
 
 PART_BYTES = 1 << 30  # a part of about this size uploads and verifies in parallel with others
+ORPHAN_GRACE_S = 24 * 3600.0  # far longer than any upload
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -73,6 +74,7 @@ class CheckpointWriter:
         self._closed = False
         self._stale = False
         self._committed: CheckpointRef | None = None
+        self._swept = False  # once an attempt: what earlier ones left when they were killed
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
@@ -189,6 +191,9 @@ class CheckpointWriter:
     def _prune(self, newest: CheckpointRef) -> None:
         try:
             prune(self._repository, self._retention, self._protected | {newest})
+            if not self._swept:
+                sweep_orphans(self._repository, ORPHAN_GRACE_S, datetime.now(UTC))
+                self._swept = True
         except StoreError as error:
             # Clean-up trouble costs space, not steps; the next checkpoint prunes again.
             self._reporter.event(Warned(newest.step, f"old checkpoints stay for now: {error}"))
