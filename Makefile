@@ -8,7 +8,7 @@ TEST := $(BIN)/python -m pytest -q --durations=8
 # Two processes of one torch thread each; threads that wait must not spin on the other's core.
 HALVES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TORCHINDUCTOR_COMPILE_THREADS=1
 
-.PHONY: help setup demo test test-all lint fmt type proto bench check clean
+.PHONY: help setup demo test test-all lint fmt type proto bench e2e up down check clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -30,12 +30,14 @@ test: setup  ## unit, property, contract and architecture tests; no system packa
 test-all: test  ## and integration and fault tests with real Ray, SeaweedFS and Prometheus
 	$(TEST) tests/integration tests/fault
 
-lint: setup  ## ruff, import rules, proto lint and breaking changes
+lint: setup  ## ruff, import rules, proto lint and breaking changes, Dockerfile, compose files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/baseline.binpb
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
 fmt: setup  ## format
 	$(BIN)/ruff check --fix .
@@ -47,6 +49,15 @@ type: setup  ## mypy --strict
 proto: setup  ## generate the stubs
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/everstep/v1/everstep.proto
+
+e2e: setup  ## the compose stack on a Docker engine: build, train, kill, stop, go on
+	$(TEST) -s -m e2e tests/e2e
+
+up:  ## start the stack of docker-compose.yml; makes its secrets once
+	@deploy/up
+
+down:  ## stop it and remove its containers; volumes and secrets stay
+	docker compose --profile '*' down
 
 check: lint type test-all  ## what CI runs
 

@@ -1,0 +1,173 @@
+"""The stack of docker-compose.yml, in its CPU form, used and broken from outside.
+
+One stack and one long job for all tests, in the order written: each leaves the job training.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everstep import Client
+from everstep.v1 import everstep_pb2 as pb
+from tests.e2e.box import Box, wait_for_checkpoint, wait_until
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
+# Panels that a healthy run without a GPU has nothing for.
+MAY_BE_EMPTY = ("everstep_mfu_ratio", "everstep_restarts_total", "ALERTS")
+JOB: dict[str, Any] = {
+    "name": "box",
+    "model": {"depth": 2, "aspect_ratio": 32, "head_dim": 16, "max_seq_len": 64},
+    "data": {"source": "builtin:python-docs", "tokenizer": "builtin:python-docs-512"},
+    "batch": {"device_batch_size": 4, "total_batch_size": 256},
+    "optimizer": {"smear_lr": 0.01},
+    "schedule": {"num_iterations": 1_000_000},
+    "evaluate": {"every": 100, "tokens": 1024},
+    "sample": {"every": 0},
+    "checkpoint": {"every_steps": 50, "every_s": 0},
+    "resources": {"gpus_per_worker": 0, "cpus_per_worker": 1},
+    "precision": {"compute": "fp32"},
+}
+
+
+@pytest.fixture(scope="module")
+def client(box: Box) -> Iterator[Client]:
+    with box.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def job_id(client: Client) -> str:
+    """A job that trains and has committed a checkpoint to SeaweedFS."""
+    job_id = client.submit(JOB).job.id
+    wait_for_checkpoint(client, job_id, 0)
+    return job_id
+
+
+def test_only_loopback_is_published(box: Box, job_id: str) -> None:
+    containers = box.compose("ps", "--quiet").split()
+    described = json.loads(box.run("docker", "inspect", *containers))
+    published = [
+        binding["HostIp"]
+        for container in described
+        for bindings in container["HostConfig"]["PortBindings"].values()
+        for binding in bindings
+    ]
+    assert set(published) == {"127.0.0.1"}
+
+
+def test_secrets_are_the_owners_alone_and_not_in_the_image(box: Box) -> None:
+    folder = box.clone / ".everstep/compose"
+    assert folder.stat().st_mode & 0o077 == 0
+    image = box.run("docker", "image", "inspect", "everstep:local")
+    history = box.run("docker", "history", "--no-trunc", "everstep:local")
+    for line in (folder / "service.env").read_text().split():
+        assert line.split("=")[1] not in image + history
+    assert json.loads(image)[0]["Config"]["User"] == "10001:10001"
+
+
+def test_killed_service_leaves_the_job_training(box: Box, client: Client, job_id: str) -> None:
+    before = client.get(job_id)
+    box.kill("service")
+    after = wait_for_checkpoint(client, job_id, before.step)
+    assert len(after.attempts) == len(before.attempts), "the job was in no need of the service"
+
+
+def test_crashed_service_comes_back_by_itself(box: Box, client: Client, job_id: str) -> None:
+    before = client.get(job_id)
+    box.crash("service")
+    after = wait_for_checkpoint(client, job_id, before.step)
+    assert len(after.attempts) == len(before.attempts)
+
+
+def test_killed_head_costs_the_steps_since_the_last_checkpoint(
+    box: Box, client: Client, job_id: str
+) -> None:
+    before = client.get(job_id)
+    box.kill("ray-head")
+    after = wait_for_checkpoint(client, job_id, before.step)
+    assert len(after.attempts) > len(before.attempts)
+    assert after.attempts[-1].start_step >= before.checkpoint.step
+
+
+def test_killed_store_delays_checkpoints_only(box: Box, client: Client, job_id: str) -> None:
+    before = client.get(job_id)
+    box.kill("seaweedfs")
+    after = wait_for_checkpoint(client, job_id, before.step)
+    assert len(after.attempts) == len(before.attempts), "storage trouble never stops training"
+
+
+def test_prometheus_has_the_run_and_every_panel_shows_something(box: Box, job_id: str) -> None:
+    def scraped() -> bool:
+        return bool(box.query(f'everstep_validation_bits_per_byte{{job_id="{job_id}"}}'))
+
+    wait_until(scraped, "the job's series in Prometheus")
+    assert {sample["value"][1] for sample in box.query("up")} == {"1"}
+    assert {rule["health"] for rule in box.rules()} <= {"ok", "unknown"}
+    firing = [rule["name"] for rule in box.rules() if rule.get("state") == "firing"]
+    assert firing == []
+    assert DASHBOARDS
+    empty = []
+    for expression in sorted({e for path in DASHBOARDS for e in expressions(path)}):
+        asked = expression.replace("$__rate_interval", "5m").replace("$job", ".*")
+        if not box.query(asked) and not any(name in expression for name in MAY_BE_EMPTY):
+            empty.append(expression)
+    assert empty == []
+
+
+def expressions(path: Path) -> Iterator[str]:
+    """Every query of a dashboard: panels' and annotations'."""
+    dashboard = json.loads(path.read_text())
+    for panel in dashboard["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", []))
+    for annotation in dashboard["annotations"]["list"]:
+        if "expr" in annotation:
+            yield annotation["expr"]
+
+
+def test_job_goes_on_after_stop_and_up_without_losing_a_step(
+    box: Box, client: Client, job_id: str
+) -> None:
+    before = client.get(job_id)
+    box.compose("stop")
+    box.compose("up", "--detach", "--wait", "--wait-timeout", "240")
+    after = wait_for_checkpoint(client, job_id, before.step)
+    assert len(after.attempts) > len(before.attempts)
+    # What was seen before the stop was behind its last checkpoint, and that is where it went on.
+    assert after.attempts[-1].start_step >= before.step
+
+
+def test_job_ends_with_a_checkpoint_that_another_continues(client: Client, job_id: str) -> None:
+    last = client.cancel(job_id).job
+    assert last.state == pb.JOB_STATE_CANCELLED
+    step = last.checkpoint.step
+    spec = {"start": {"from": f"{job_id}@{step}"}, "schedule": {"num_iterations": step + 20}}
+    child = client.submit(spec, inherit=True).job.id
+    states = [record.event.state for record in client.watch(child) if record.HasField("event")]
+    assert states[-1] == pb.JOB_STATE_SUCCEEDED
+
+
+def test_down_with_volumes_leaves_nothing(box: Box) -> None:
+    box.compose("down", "--volumes")
+    project = f"label=com.docker.compose.project={box.environment['COMPOSE_PROJECT_NAME']}"
+    for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
+        assert box.run("docker", *kind, "--quiet", "--filter", project) == ""
+
+
+def test_gpu_form_reserves_the_gpus_and_fits_the_schema(box: Box, tmp_path: Path) -> None:
+    shown = box.run("docker", "compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    head = json.loads(shown)["services"]["ray-head"]
+    devices = head["deploy"]["resources"]["reservations"]["devices"]
+    assert devices == [{"capabilities": ["gpu"], "count": -1, "driver": "nvidia"}]
+    whole = tmp_path / "compose.json"
+    whole.write_text(shown)
+    checker = Path(sys.executable).with_name("check-jsonschema")
+    subprocess.run([checker, "--builtin-schema", "vendor.compose-spec", whole], check=True)
