@@ -82,10 +82,10 @@ async def _serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    parts = standalone.Standalone(settings.state) if settings.standalone else None
-    if parts is None:
+    if not settings.standalone:
         await _run(settings, None, stop)
         return
+    parts = standalone.Standalone(settings.state, settings.ray_cpus, settings.ray_gpus)
     settings = _wired(settings, parts)
     os.environ.update(parts.wiring.s3_environment)
     adopted = False

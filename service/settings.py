@@ -31,6 +31,11 @@ class Settings(BaseSettings):
         False, description="checkpoint what runs before stopping: Ray goes down with the service"
     )
 
+    ray_cpus: int | None = Field(None, ge=1, description="CPUs of the embedded Ray; default: all")
+    ray_gpus: int | None = Field(
+        None, ge=0, description="GPUs of the embedded Ray; more than there are train on the CPU"
+    )
+
     def resolved(self) -> dict[str, Any]:
         """For a log line: everything but secrets."""
         return self.model_dump(exclude={"admin_token", "secret"}, mode="json")

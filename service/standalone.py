@@ -93,7 +93,8 @@ class Wiring(BaseModel):
 class Standalone:
     """Ray and SeaweedFS of one state folder."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, cpus: int | None = None, gpus: int | None = None) -> None:
+        """cpus, gpus: what Ray is told of; None: what it finds."""
         self._state = state.resolve()
         self._folder = self._state / "parts"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ class Standalone:
         self._scratch = Path(tempfile.gettempdir()) / f"everstep-{digest}"
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         self._seaweedfs = Part("seaweedfs", self._folder, self._seaweedfs_command())
-        self._ray = Part("ray", self._folder, self._ray_command())
+        self._ray = Part("ray", self._folder, self._ray_command(cpus, gpus))
 
     @property
     def ray_address(self) -> str:
@@ -175,8 +176,7 @@ class Standalone:
         environment = {**plain_environment(), **keys, "TMPDIR": str(self._scratch)}
         return Command(arguments, environment, lambda: accepts(port), SEAWEEDFS_END_S)
 
-    def _ray_command(self) -> Command:
-        cpus = os.cpu_count() or 1
+    def _ray_command(self, cpus: int | None, gpus: int | None) -> Command:
         arguments = [
             sys.executable,
             "-m",
@@ -186,7 +186,8 @@ class Standalone:
             "--block",
             f"--node-ip-address={RAY_IP}",
             f"--port={self.wiring.ray_gcs_port}",
-            f"--num-cpus={cpus}",
+            f"--num-cpus={cpus or os.cpu_count() or 1}",
+            *([f"--num-gpus={gpus}"] if gpus is not None else []),
             f"--object-store-memory={OBJECT_STORE_BYTES}",
             "--include-dashboard=true",  # with it off, a killed host holds its GPUs for a minute
             "--dashboard-host=127.0.0.1",

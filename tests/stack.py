@@ -51,8 +51,10 @@ SMALL_JOB: dict[str, Any] = {
 class Stack:
     """A service with its Ray and SeaweedFS on one state folder."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, **settings: object) -> None:
+        """settings: of the service, as EVERSTEP_<NAME> would give them."""
         self.state = state
+        self._settings = {f"EVERSTEP_{k.upper()}": str(v) for k, v in settings.items()}
         self.service: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -65,6 +67,7 @@ class Stack:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
+                env={**os.environ, **self._settings},
             )
         wait_until(self._ready, READY_S, f"the service; see {self.state}/service.log")
 
@@ -134,9 +137,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running_stack(state: Path) -> Iterator[Stack]:
+def running_stack(state: Path, **settings: object) -> Iterator[Stack]:
     """A started stack; whatever a test did to it, nothing of it is left afterwards."""
-    stack = Stack(state)
+    stack = Stack(state, **settings)
     try:
         stack.start()
         yield stack

@@ -215,6 +215,12 @@ def _warnings(
             f"the smear group's rate, {smear:g}, is {smear / matrix:.0f} times the matrices' "
             f"{matrix:.3g}: it is scaled by nothing (optimizer.smear_lr)"
         )
+    workers = spec.resources.workers
+    if workers.max > workers.min:
+        found.append(
+            f"the job runs on workers.min {workers.min} workers; growing towards workers.max "
+            f"{workers.max} is not there yet"
+        )
     low = spec.precision.compute is Compute.BF16
     if low and spec.precision.embeddings is Embeddings.COMPUTE:
         found.append(

@@ -1,0 +1,63 @@
+"""Several workers of one job: plain data parallelism over logical GPUs, by gloo on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from everstep import Client
+from everstep.v1 import everstep_pb2 as pb
+from tests.stack import SMALL_JOB, Stack, running_stack, wait_for_state
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack whose Ray has two GPUs that this box doesn't have."""
+    with running_stack(tmp_path_factory.mktemp("gpus"), ray_gpus=2) as stack:
+        yield stack
+
+
+def spec(workers: int) -> dict[str, object]:
+    resources = {
+        "workers": {"min": workers, "max": workers},
+        "gpus_per_worker": 1,
+        "cpus_per_worker": 1,
+    }
+    return {**SMALL_JOB, "schedule": {"num_iterations": STEPS}, "resources": resources}
+
+
+def run(client: Client, workers: int) -> tuple[pb.Job, list[pb.MetricPoint]]:
+    job = client.submit(spec(workers)).job
+    job = wait_for_state(client, job.id, pb.JOB_STATE_SUCCEEDED)
+    return job, [r.point for r in client.watch(job.id) if r.HasField("point")]
+
+
+def test_two_workers_train_what_one_does(gpus: Stack) -> None:
+    with gpus.client() as client:
+        plan = client.plan(spec(2))
+        assert plan.grad_accum_steps == 1
+        one, alone = run(client, 1)
+        two, together = run(client, 2)
+        assert len(alone) == len(together) == STEPS
+        # The same tokens in the same order; sums of gradients differ by rounding alone.
+        for a, b in zip(alone, together, strict=True):
+            assert (a.step, a.tokens) == (b.step, b.tokens)
+            assert b.loss == pytest.approx(a.loss, rel=1e-4)
+        assert two.validation_bpb == pytest.approx(one.validation_bpb, rel=1e-4)
+        # A checkpoint of two workers is one of one: the job goes on with either.
+        changes = {
+            "start": {"from": f"{two.id}@latest"},
+            "schedule": {"num_iterations": STEPS + 5},
+            "resources": spec(1)["resources"],
+        }
+        continued = client.submit(changes, inherit=True).job
+        done = wait_for_state(client, continued.id, pb.JOB_STATE_SUCCEEDED)
+        assert done.attempts[0].start_step == STEPS
+
+
+def test_more_workers_than_gpus_are_refused(gpus: Stack) -> None:
+    with gpus.client() as client, pytest.raises(Exception, match="needs 4 GPU, the cluster has 2"):
+        client.plan({**spec(4), "batch": {"device_batch_size": 2, "total_batch_size": 1024}})
