@@ -19,7 +19,7 @@ import torch
 
 from everstep.v1 import everstep_pb2 as pb
 from trainer.assembly import Blueprint
-from trainer.checkpoint.train_state import StateMisfitError, restore
+from trainer.checkpoint.train_state import StateMisfitError, TrainState, restore
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.contract.credential import AttemptIdentity, attempt_credential
 from trainer.contract.outcome import AttemptResult, Outcome
@@ -81,7 +81,11 @@ class _Progress:
     """How far an attempt got, for the result of one that failed."""
 
     attempt = 0
-    step = 0
+    state: TrainState | None = None
+
+    @property
+    def step(self) -> int:
+        return self.state.step if self.state is not None else 0
 
 
 def run_attempt(context: AttemptContext, world: World) -> AttemptResult:
@@ -108,7 +112,7 @@ def _run(
     repository = CheckpointRepository(open_store(context.storage_uri), context.job_id)
     blueprint = Blueprint.read(repository.document(), context.threads)
     start = _start(context, world, repository, blueprint, cache)
-    progress.attempt, progress.step = start.attempt, start.state.step
+    progress.attempt, progress.state = start.attempt, start.state
     reporter = _reporter(context, world, start)
     cleanup.callback(reporter.close)
     runtime = prepare(
@@ -125,7 +129,6 @@ def _run(
     )
     state = start.state
     end = Loop(parts, state).run()
-    progress.step = state.step
     if parts.writer is None:
         return AttemptResult(start.attempt, end.outcome, end.message, state.step)
     outcome, message = _last_save(parts.writer, end.outcome, end.message)

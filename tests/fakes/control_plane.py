@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 64},
     "data": {"source": f"file:{CORPUS}", "tokenizer": f"file:{TOKENIZER}"},
-    "batch": {"device_batch_size": 4, "total_batch_size": 512},
+    "batch": {"device_batch_size": 2, "total_batch_size": 256},
     "schedule": {"num_iterations": 12, "warmdown_ratio": 0.5},
     "evaluate": {"every": 0, "tokens": 256},
     "sample": {"every": 0},

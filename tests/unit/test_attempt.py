@@ -1,0 +1,430 @@
+"""Whole attempts of a tiny model in this process: not one step is lost, and ends have names."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from tests.fakes.attempts import Bucket, differing, process_settings_kept
+from tests.fakes.corpus import write_corpus
+from tests.fakes.reporter import RecordingReporter
+from trainer.contract.outcome import AttemptResult, Outcome
+from trainer.distributed import World
+from trainer.events import (
+    CheckpointCommitted,
+    CheckpointPassedOver,
+    Evaluated,
+    ValuesInForce,
+    Warned,
+)
+from trainer.storage.manifest import CheckpointRef, Part
+
+LINE = "The quick brown fox jumps over the lazy dog, again and again. "
+HORIZON = 12
+RATES = {
+    "embedding_lr": 0.05,
+    "unembedding_lr": 0.002,
+    "matrix_lr": 0.004,
+    "scalar_lr": 0.1,
+    "smear_lr": 0.3,
+    "weight_decay": 0.1,
+}
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in (
+        "TORCHINDUCTOR_CACHE_DIR",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "TORCHINDUCTOR_DETERMINISTIC",
+    ):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with process_settings_kept():
+        yield
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Bucket:
+    return Bucket(tmp_path)
+
+
+def small_corpus(folder: Path) -> dict[str, Any]:
+    """Data with an epoch of between two and three steps of TINY."""
+    rows = [f"{n}: {LINE * 4}" for n in range(3)]
+    write_corpus(folder, [[rows[:2], rows[:1]], [rows[:2]], [rows]])
+    return {"source": f"file:{folder}"}
+
+
+def ref_of(bucket: Bucket, job_id: str, step: int) -> CheckpointRef:
+    return bucket.checkpoint(job_id, step)[0].ref
+
+
+@pytest.mark.parametrize(("precision", "stops"), [("fp32", (1, 2, 3, 4, 5)), ("bf16", (3,))])
+def test_a_run_stopped_at_any_step_ends_as_the_undisturbed_one(
+    bucket: Bucket, precision: str, stops: tuple[int, ...]
+) -> None:
+    data = small_corpus(bucket.folder / "data")
+    sections = {
+        "data": data,
+        "precision": {"compute": precision},
+        "schedule": {"num_iterations": 6},
+        "optimizer": {"grad_clip_norm": 1.0},
+    }
+    bucket.add("WHOLE", **sections)
+    result, told = bucket.run("WHOLE")
+    assert result == AttemptResult(1, Outcome.COMPLETED, "reached the horizon, step 6", 6, 6)
+    whole, weights = bucket.checkpoint("WHOLE", 6)
+    losses = [point.loss for point in told.points]
+    assert whole.state["position"]["epoch"] >= 2  # type: ignore[index, operator, call-overload]
+    for stop_at in stops:
+        job_id = f"STOPPED{stop_at}"
+        bucket.add(job_id, **sections)
+        first, before = bucket.run(job_id, stop_at)
+        assert (first.outcome, first.step, first.checkpoint_step) == (
+            Outcome.STOPPED,
+            stop_at,
+            stop_at,
+        )
+        second, after = bucket.run(job_id)
+        assert (second.outcome, second.attempt) == (Outcome.COMPLETED, 2)
+        assert [point.loss for point in before.points + after.points] == losses
+        assert after.points[0].step == stop_at + 1
+        manifest, resumed = bucket.checkpoint(job_id, 6)
+        assert differing(weights, resumed) == []
+        assert manifest.state == whole.state
+        assert after.of(Evaluated) == told.of(Evaluated)
+
+
+def test_what_was_lost_since_the_last_checkpoint_is_trained_again_to_the_bit(
+    bucket: Bucket,
+) -> None:
+    bucket.add("JOB")
+    bucket.run("JOB")
+    _, weights = bucket.checkpoint("JOB", HORIZON)
+    for ref in bucket.repository("JOB").current():
+        if ref.step > 4:  # as if the process had died before they were committed
+            bucket.part_file("JOB", ref).with_name("manifest.json").unlink()
+    result, told = bucket.run("JOB")
+    assert (result.outcome, result.attempt) == (Outcome.COMPLETED, 2)
+    assert told.points[0].step == 5
+    assert differing(weights, bucket.checkpoint("JOB", HORIZON)[1]) == []
+
+
+def test_an_attempt_at_the_horizon_has_nothing_left_to_do(bucket: Bucket) -> None:
+    bucket.add("JOB")
+    bucket.run("JOB")
+    result, told = bucket.run("JOB")
+    assert (result.outcome, result.attempt, result.step) == (Outcome.COMPLETED, 2, HORIZON)
+    assert not told.points
+    assert told.closed
+
+
+def test_a_stop_before_the_first_step_leaves_no_checkpoint(bucket: Bucket) -> None:
+    bucket.add("JOB")
+    result, told = bucket.run("JOB", stop_at=0)
+    assert (result.outcome, result.step, result.checkpoint_step) == (Outcome.STOPPED, 0, None)
+    assert not told.points
+    assert bucket.repository("JOB").current() == []
+
+
+def test_the_first_step_tells_the_values_in_force_and_each_commit_is_told(bucket: Bucket) -> None:
+    bucket.add("JOB")
+    _, told = bucket.run("JOB")
+    (values,) = told.of(ValuesInForce)
+    assert values.step == 1
+    assert values.groups == told.points[0].groups
+    committed = [event.ref.step for event in told.of(CheckpointCommitted)]
+    assert committed[-1] == HORIZON
+    assert set(committed) <= {4, 8, 12}
+    assert [point.step for point in told.points] == list(range(1, HORIZON + 1))
+    assert told.points[-1].tokens == HORIZON * 256
+    assert all(math.isfinite(point.loss) for point in told.points)
+
+
+def test_a_continuation_with_nothing_changed_is_the_run_itself(bucket: Bucket) -> None:
+    bucket.add("PARENT")
+    _, parent = bucket.run("PARENT")
+    bucket.add("CHILD", start=ref_of(bucket, "PARENT", 4))
+    result, told = bucket.run("CHILD")
+    assert result.outcome is Outcome.COMPLETED
+    assert [p.loss for p in told.points] == [p.loss for p in parent.points[4:]]
+    manifest, weights = bucket.checkpoint("CHILD", HORIZON)
+    assert differing(weights, bucket.checkpoint("PARENT", HORIZON)[1]) == []
+    assert manifest.parent == ref_of(bucket, "PARENT", 4)
+    assert manifest.state["tokens"] == 8 * 256  # its own
+
+
+def test_a_continuation_trains_with_its_own_rates_decay_and_horizon(bucket: Bucket) -> None:
+    bucket.add("PARENT")
+    bucket.run("PARENT")
+    start = ref_of(bucket, "PARENT", 8)
+    horizon = 20
+    bucket.add(
+        "CHILD",
+        start=start,
+        optimizer=RATES,
+        schedule={"num_iterations": horizon, "warmdown_ratio": 0.9},
+    )
+    result, told = bucket.run("CHILD")
+    assert result.step == horizon
+    (values,) = told.of(ValuesInForce)
+    # By the formulas of the reference, not by our own code: width 32, 256 tokens a step.
+    k, m = math.sqrt(256 / 524288), math.sqrt(768 / 32)
+    left = (horizon - 8) / 18
+    multiplier = left + (1 - left) * 0.05
+    base = {
+        "lm_head": 0.002 * k * m,
+        "wte": 0.05 * k * m,
+        "value_embeds": 0.05 * k * m / 2,
+        "resid": 0.1 * k / 100,
+        "x0": 0.1 * k,
+        "smear": 0.3,
+    }
+    for group, found in values.groups.items():
+        expected = base.get(group, 0.004 * k) * multiplier
+        assert found.lr == pytest.approx(expected, rel=1e-12, abs=0), group
+    position = bucket.checkpoint("PARENT", 8)[0].state["position"]
+    assert told.points[0].step == 9
+    assert not told.of(Warned)
+    # The data goes on where the parent stood: its first loss is the parent's at that step.
+    bucket.add("SAME", start=start)
+    _, same = bucket.run("SAME")
+    assert told.points[0].loss == same.points[0].loss
+    assert position != bucket.checkpoint("CHILD", horizon)[0].state["position"]
+    # And one step moves the weights by other amounts.
+    assert differing(bucket.checkpoint("CHILD", 12)[1], bucket.checkpoint("PARENT", 12)[1])
+
+
+def test_a_continuation_on_other_data_begins_at_its_first_row_and_says_so(bucket: Bucket) -> None:
+    bucket.add("PARENT")
+    bucket.run("PARENT", stop_at=4)
+    start = ref_of(bucket, "PARENT", 4)
+    bucket.add("CHILD", start=start, data={"order_seed": 1})
+    _, told = bucket.run("CHILD", stop_at=5)
+    assert "begins at its first row" in told.of(Warned)[0].message
+    bucket.add("FRESH", data={"order_seed": 1})
+    bucket.run("FRESH", stop_at=1)
+    positions = [
+        bucket.checkpoint(job, step)[0].state["position"]
+        for job, step in (("CHILD", 5), ("FRESH", 1))
+    ]
+    assert positions[0] == positions[1]
+
+
+def test_a_continuation_that_is_resumed_keeps_its_schedule(bucket: Bucket) -> None:
+    bucket.add("PARENT")
+    bucket.run("PARENT", stop_at=4)
+    start = ref_of(bucket, "PARENT", 4)
+    for job in ("WHOLE", "RESUMED"):
+        bucket.add(job, start=start, schedule={"anchor": "continue"}, optimizer=RATES)
+    bucket.run("WHOLE")
+    bucket.run("RESUMED", stop_at=7)
+    bucket.run("RESUMED")
+    assert (
+        differing(bucket.checkpoint("WHOLE", HORIZON)[1], bucket.checkpoint("RESUMED", HORIZON)[1])
+        == []
+    )
+
+
+def test_a_corrupt_checkpoint_is_passed_over_to_an_older_one_which_then_commits(
+    bucket: Bucket,
+) -> None:
+    bucket.add("JOB")
+    bucket.run("JOB")
+    _, weights = bucket.checkpoint("JOB", HORIZON)
+    newest = ref_of(bucket, "JOB", HORIZON)
+    with bucket.part_file("JOB", newest).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    result, told = bucket.run("JOB")
+    (passed,) = told.of(CheckpointPassedOver)
+    assert passed.ref == newest
+    assert "sha256" in passed.reason
+    assert (result.outcome, result.checkpoint_step) == (Outcome.COMPLETED, HORIZON)
+    current = bucket.repository("JOB").current()
+    assert current[0] == CheckpointRef(job_id="JOB", step=HORIZON, attempt=2)
+    assert newest not in current
+    assert bucket.repository("JOB").verify(current[0]) == ()
+    assert differing(weights, bucket.checkpoint("JOB", HORIZON)[1]) == []
+
+
+def doctored(bucket: Bucket, job_id: str, step: int, change: Any) -> None:
+    """Commit, as a next attempt, a checkpoint whose tensors were changed but whose digests fit."""
+    repository = bucket.repository(job_id)
+    manifest, tensors = bucket.checkpoint(job_id, step)
+    attempt = repository.claim(None, "surgeon").attempt
+    path = bucket.folder / "doctored"
+    save_file(change(tensors), path)
+    part = Part.of_file(path, "part-00000.safetensors")
+    ref = CheckpointRef(job_id=job_id, step=step, attempt=attempt)
+    repository.upload_part(ref, part, path)
+    repository.commit(manifest.model_copy(update={"attempt": attempt, "parts": (part,)}))
+
+
+def test_a_loss_that_is_not_finite_ends_the_attempt_without_an_update(bucket: Bucket) -> None:
+    bucket.add("JOB")
+    bucket.run("JOB", stop_at=4)
+    poison = lambda tensors: {**tensors, "model.smear_lambda": torch.full((1,), math.nan)}  # noqa: E731
+    doctored(bucket, "JOB", 4, poison)
+    before = bucket.repository("JOB").current()
+    result, told = bucket.run("JOB")
+    assert (result.outcome, result.step) == (Outcome.NOT_FINITE, 4)
+    assert result.message.startswith("step 5: loss nan")
+    assert not told.points
+    assert bucket.repository("JOB").current() == before
+
+
+def test_a_checkpoint_of_another_model_is_unusable(bucket: Bucket) -> None:
+    bucket.add("PARENT")
+    bucket.run("PARENT", stop_at=2)
+    bucket.add("CHILD", start=ref_of(bucket, "PARENT", 2), model={"depth": 4})
+    result, _ = bucket.run("CHILD")
+    assert result.outcome is Outcome.CHECKPOINT_UNUSABLE
+    assert "transformer" in result.message or "model." in result.message
+
+
+@pytest.mark.parametrize("lost", ["model.smear_lambda", "optimizer."])
+def test_a_checkpoint_that_lacks_a_tensor_is_unusable(bucket: Bucket, lost: str) -> None:
+    bucket.add("JOB")
+    bucket.run("JOB", stop_at=2)
+    without = lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(lost)}  # noqa: E731
+    doctored(bucket, "JOB", 2, without)
+    result, _ = bucket.run("JOB")
+    assert result.outcome is Outcome.CHECKPOINT_UNUSABLE
+    assert "missing" in result.message
+
+
+def test_a_parents_corrupt_checkpoint_is_unusable(bucket: Bucket) -> None:
+    bucket.add("PARENT")
+    bucket.run("PARENT", stop_at=2)
+    start = ref_of(bucket, "PARENT", 2)
+    bucket.add("CHILD", start=start)
+    bucket.part_file("PARENT", start).write_bytes(b"short")
+    result, _ = bucket.run("CHILD")
+    assert result.outcome is Outcome.CHECKPOINT_UNUSABLE
+    assert "expected" in result.message
+
+
+def test_a_shard_that_changed_is_named_and_how_far_training_got(bucket: Bucket) -> None:
+    data = small_corpus(bucket.folder / "data")
+    bucket.add("JOB", data=data)
+    bucket.run("JOB", stop_at=1)
+    other = write_corpus(bucket.folder / "other", [[["x" * 2000]], [["y" * 2000]], [["z"]]])
+    for shard in other.shards:
+        content = (bucket.folder / "other" / shard.name).read_bytes()
+        (bucket.folder / "data" / shard.name).write_bytes(content)
+    for cached in (bucket.folder / "cache" / "shards").rglob("*.parquet"):
+        cached.unlink()
+    result, _ = bucket.run("JOB")
+    assert result.outcome is Outcome.DATA_CHANGED
+    assert "shard_" in result.message
+
+
+def test_a_failure_amid_training_says_at_which_step(bucket: Bucket) -> None:
+    rows = [f"{n}: {LINE * 4}" for n in range(8)]
+    folder = bucket.folder / "data"
+    write_corpus(folder, [[rows], [rows], [rows], [rows]])
+    for lost in sorted(folder.iterdir())[:3]:
+        # The order of shards decides when it is met; of one the first step already is made.
+        job_id = lost.stem.replace("_", "")
+        bucket.add(job_id, data={"source": f"file:{folder}"}, schedule={"num_iterations": 1000})
+        content = lost.read_bytes()
+        lost.unlink()
+        result, told = bucket.run(job_id)
+        lost.write_bytes(content)
+        for cached in (bucket.folder / "cache").rglob("*.parquet"):
+            cached.unlink()
+        assert result.outcome is Outcome.DATA_CHANGED
+        assert lost.name in result.message
+        assert result.step == len(told.points)
+        if told.points:
+            return
+    raise AssertionError("no shard was met amid training")
+
+
+def test_a_job_without_a_document_is_invalid(bucket: Bucket) -> None:
+    result, _ = bucket.run("NOBODY")
+    assert (result.outcome, result.attempt) == (Outcome.INVALID_JOB, 0)
+    assert "spec.json" in result.message
+
+
+def test_data_without_a_whole_row_is_invalid(bucket: Bucket) -> None:
+    folder = bucket.folder / "data"
+    write_corpus(folder, [[["a"]], [[LINE * 20]]])
+    bucket.add("JOB", data={"source": f"file:{folder}"})
+    result, _ = bucket.run("JOB")
+    assert result.outcome is Outcome.INVALID_JOB
+    assert "no row of 65 tokens" in result.message
+
+
+def test_a_writer_whose_claim_was_taken_over_ends_as_stale(bucket: Bucket) -> None:
+    bucket.add("JOB", schedule={"num_iterations": 100_000}, checkpoint={"every_steps": 1})
+    repository = bucket.repository("JOB")
+
+    class TakenOver(RecordingReporter):
+        def event(self, event: Any) -> None:
+            super().event(event)
+            if len(self.of(CheckpointCommitted)) == 1 and len(repository.claims()) == 1:
+                repository.claim(None, "elsewhere")
+
+    result, _ = bucket.run("JOB", reporter=TakenOver())
+    assert (result.outcome, result.attempt) == (Outcome.STALE_WRITER, 1)
+    assert result.step < 1000
+
+
+def one_rank(folder: str, rank: int) -> tuple[AttemptResult, RecordingReporter]:
+    """A rank of two."""
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    try:
+        return Bucket(Path(folder)).run("TWO", world=World(rank, 2, rank))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_workers_take_the_steps_that_one_takes(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {
+        "resources": {"workers": {"min": 2, "max": 2}},
+        "schedule": {"num_iterations": 2},
+        "checkpoint": {"every_steps": 1},
+    }
+    for job_id in ("ONE", "TWO"):
+        bucket.add(job_id, **sections)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
+    other = subprocess.Popen(
+        [sys.executable, "-m", "tests.unit.test_attempt", str(bucket.folder)],
+        cwd=root,
+        env=environment,
+    )
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    _, alone = bucket.run("ONE")
+    result, told = one_rank(str(bucket.folder), 0)
+    assert other.wait(timeout=120) == 0
+    assert result.outcome is Outcome.COMPLETED
+    for point, own in zip(told.points, alone.points, strict=True):
+        assert (point.step, point.tokens) == (own.step, own.tokens)
+        assert point.loss == pytest.approx(own.loss, rel=1e-6)
+    (one, weights), (two, shared) = (bucket.checkpoint(job, 1) for job in ("ONE", "TWO"))
+    assert one.state["position"] == two.state["position"]
+    for name, tensor in weights.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+if __name__ == "__main__":
+    sys.exit(one_rank(sys.argv[1], 1)[0].outcome is not Outcome.COMPLETED)
