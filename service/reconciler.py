@@ -146,7 +146,7 @@ class Reconciler:
         results = [AttemptResult.from_dict(result) for result in host.results]
         failed = await self._note_ends(job, results)
         if host.finished:
-            await self._cluster.kill_host(job.id, job.host_number)
+            # First the state: a host whose job somebody changed meanwhile is asked again.
             await self._conclude(job, results)
         elif stopping:
             await self._press_stop(job)
@@ -181,14 +181,14 @@ class Reconciler:
         told = last.policy is Policy.RESTART and (
             len(results) <= RESTART_BUDGET or job.desired is not Desired.RUNNING or self._suspending
         )
+        to, reason = STOPPED_AS[job.desired], last.message
         if last.outcome is Outcome.COMPLETED:
-            await self._move(job, JobState.SUCCEEDED, last.message, last.step)
-        elif told or last.outcome is Outcome.STOPPED or job.desired is Desired.CANCELLED:
-            await self._move(job, STOPPED_AS[job.desired], last.message, last.step)
-        else:
+            to = JobState.SUCCEEDED
+        elif not (told or last.outcome is Outcome.STOPPED or job.desired is Desired.CANCELLED):
             budget = "restart budget spent; " if last.policy is Policy.RESTART else ""
-            reason = f"{budget}{last.outcome}: {last.message}"
-            await self._move(job, JobState.FAILED, reason, last.step)
+            to, reason = JobState.FAILED, f"{budget}{last.outcome}: {last.message}"
+        if await self._move(job, to, reason, last.step):
+            await self._cluster.kill_host(job.id, job.host_number)
 
     async def _note_ends(self, job: Job, results: list[AttemptResult]) -> bool:
         """Record how attempts ended, each once; whether the newest of them is news."""
@@ -248,8 +248,12 @@ class Reconciler:
         if stored is not None:
             await self._cluster.start_host(self._host_config(stored))
 
-    async def _move(self, job: Job, to: JobState, reason: str, step: int = 0) -> None:
+    async def _move(self, job: Job, to: JobState, reason: str, step: int = 0) -> bool:
+        """Whether the job is in its new state; False where somebody else changed it first."""
         moved = job.moved(to, reason, time.time())
-        await self._jobs.change(job, moved, events.state_changed(moved, time.time(), step))
+        record = events.state_changed(moved, time.time(), step)
+        if await self._jobs.change(job, moved, record) is None:
+            return False
         if moved.is_final:
             self._metrics.forget_later(job.id)
+        return True
