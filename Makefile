@@ -59,6 +59,9 @@ up:  ## start the stack of docker-compose.yml; makes its secrets once
 down:  ## stop it and remove its containers; volumes and secrets stay
 	docker compose --profile '*' down
 
+bench: setup  ## latency of a running service's calls
+	$(BIN)/python -m benchmarks.control_plane
+
 check: lint type test-all  ## what CI runs
 
 clean:  ## remove what was built
