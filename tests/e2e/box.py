@@ -74,6 +74,19 @@ class Box:
             ["docker", "exec", container, "python", "-c", code], env=self.environment, check=False
         )
 
+    def refusal(self, **changes: str) -> str:
+        """What `make up` says when it refuses."""
+        done = subprocess.run(
+            ["make", "up"],
+            cwd=self.clone,
+            env={**self.environment, **changes},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        return done.stderr
+
     def image_size(self) -> str:
         """Of the one image, as the engine counts it."""
         image = self.run("docker", "image", "inspect", "everstep:local", "--format", "{{.Size}}")

@@ -6,6 +6,8 @@ One stack and one long job for all tests, in the order written: each leaves the 
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +54,10 @@ def job_id(client: Client) -> str:
     return job_id
 
 
+def newest_attempt(job: pb.Job) -> pb.Attempt:
+    return max(job.attempts, key=lambda attempt: attempt.number)
+
+
 def test_only_loopback_is_published(box: Box, job_id: str) -> None:
     containers = box.compose("ps", "--quiet").split()
     described = json.loads(box.run("docker", "inspect", *containers))
@@ -95,7 +101,7 @@ def test_killed_head_costs_the_steps_since_the_last_checkpoint(
     box.kill("ray-head")
     after = wait_for_checkpoint(client, job_id, before.step)
     assert len(after.attempts) > len(before.attempts)
-    assert after.attempts[-1].start_step >= before.checkpoint.step
+    assert newest_attempt(after).start_step >= before.checkpoint.step
 
 
 def test_killed_store_delays_checkpoints_only(box: Box, client: Client, job_id: str) -> None:
@@ -142,7 +148,7 @@ def test_job_goes_on_after_stop_and_up_without_losing_a_step(
     after = wait_for_checkpoint(client, job_id, before.step)
     assert len(after.attempts) > len(before.attempts)
     # What was seen before the stop was behind its last checkpoint, and that is where it went on.
-    assert after.attempts[-1].start_step >= before.step
+    assert newest_attempt(after).start_step >= before.step
 
 
 def test_job_ends_with_a_checkpoint_that_another_continues(client: Client, job_id: str) -> None:
@@ -160,6 +166,24 @@ def test_down_with_volumes_leaves_nothing(box: Box) -> None:
     project = f"label=com.docker.compose.project={box.environment['COMPOSE_PROJECT_NAME']}"
     for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
         assert box.run("docker", *kind, "--quiet", "--filter", project) == ""
+
+
+def test_up_names_what_is_wrong_and_starts_nothing(box: Box) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert "set EVERSTEP_PORT to another" in box.refusal(EVERSTEP_PORT=port)
+    assert "would send tokens in the clear" in box.refusal(EVERSTEP_BIND="0.0.0.0")
+    assert "make room" in box.refusal(EVERSTEP_MIN_FREE_GB="1000000")
+    secret = box.clone / ".everstep/compose/ray.token"
+    kept = secret.read_bytes()
+    secret.unlink()
+    assert "lacks ray.token" in box.refusal()
+    secret.write_bytes(kept)
+    if shutil.which("nvidia-smi") is None:
+        assert "no NVIDIA GPU answers" in box.refusal(COMPOSE_FILE="docker-compose.yml")
+    assert box.compose("ps", "--all", "--quiet") == ""
 
 
 def test_gpu_form_reserves_the_gpus_and_fits_the_schema(box: Box, tmp_path: Path) -> None:
