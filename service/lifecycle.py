@@ -129,6 +129,8 @@ class Lifecycle:
             created_at=now,
         )
         fork = resolved.plan.fork
+        if resolved.start is not None:
+            await self._storage.hold(resolved.start, job.id)
         # First the document: a job whose spec can't be stored must not be in the queue.
         await self._storage.save_document(
             JobDocument(

@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 from service.errors import StorageAwayError
 from trainer.contract.spec import DataSpec
 from trainer.contract.violations import SpecError, Violation
+from trainer.storage import layout
 from trainer.storage.binding import BindingError, DataBinding, bind
 from trainer.storage.documents import DocumentError, sha256_hex
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
@@ -47,6 +48,14 @@ class Storage:
     async def save_document(self, document: JobDocument) -> None:
         """Write a job's spec.json, once."""
         await self._call(self._repository(document.job_id).save_document, document)
+
+    async def hold(self, ref: CheckpointRef, by_job_id: str) -> None:
+        """Keep the checkpoint that a new job starts from."""
+        try:
+            await self._call(self._repository(ref.job_id).hold, ref, by_job_id)
+        except NotFoundError:
+            reason = "was deleted a moment ago; choose another"
+            raise SpecError([Violation("start.from", str(ref), reason)]) from None
 
     async def document(self, job_id: str) -> JobDocument:
         """A job's spec.json."""
@@ -89,8 +98,8 @@ class Storage:
     def checkpoint_uri(self, manifest: Manifest) -> str:
         """The folder of a checkpoint."""
         ref = manifest.ref
-        folder = f"jobs/{ref.job_id}/checkpoints/{ref.step:010d}/{ref.attempt}"
-        return f"{self.uri.rstrip('/')}/{folder}"
+        folder = layout.checkpoint_prefix(ref.job_id, ref.step, ref.attempt)
+        return f"{self.uri.rstrip('/')}/{folder.rstrip('/')}"
 
     async def bind(self, data: DataSpec) -> DataBinding:
         """Bind a job to its data and tokenizer as they are now.

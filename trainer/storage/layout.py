@@ -19,6 +19,9 @@ _CLAIM_KEY = re.compile(rf"jobs/({_JOB})/attempts/([1-9]\d{{0,9}})\.json")
 _CHECKPOINT_KEY = re.compile(
     rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/(manifest\.json|{_PART})"
 )
+_HOLD_KEY = re.compile(
+    rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/held-by-({_JOB})"
+)
 MANIFEST = "manifest.json"
 
 
@@ -85,6 +88,12 @@ def part_key(job_id: str, step: int, attempt: int, name: str) -> str:
     return checkpoint_prefix(job_id, step, attempt) + name
 
 
+def hold_key(job_id: str, step: int, attempt: int, by_job_id: str) -> str:
+    """Says that another job starts from a checkpoint."""
+    assert re.fullmatch(_JOB, by_job_id), f"not a job id: {by_job_id!r}"
+    return f"{checkpoint_prefix(job_id, step, attempt)}held-by-{by_job_id}"
+
+
 def part_name(index: int) -> str:
     """The name of the index-th part."""
     return f"part-{index:05d}.safetensors"
@@ -99,6 +108,12 @@ def parse_claim(key: str) -> ClaimKey | None:
     """The claim that a key names, if it names one."""
     match = _CLAIM_KEY.fullmatch(key)
     return ClaimKey(match[1], int(match[2])) if match else None
+
+
+def parse_hold(key: str) -> CheckpointKey | None:
+    """The checkpoint that a hold's key names; file is the job that holds it."""
+    match = _HOLD_KEY.fullmatch(key)
+    return CheckpointKey(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
 def parse_checkpoint(key: str) -> CheckpointKey | None:

@@ -152,6 +152,25 @@ class CheckpointRepository:
                 found.append(self._ref(named.step, named.attempt))
         return sorted(found, key=lambda ref: (ref.step, ref.attempt))
 
+    def hold(self, ref: CheckpointRef, by_job_id: str) -> None:
+        """Keep a checkpoint from being pruned, since another job starts from it. Safe to repeat.
+
+        Raises:
+            NotFoundError: it was pruned before the hold was there.
+        """
+        key = layout.hold_key(ref.job_id, ref.step, ref.attempt, by_job_id)
+        self.store.put(key, b"")
+        manifest = layout.manifest_key(ref.job_id, ref.step, ref.attempt)
+        if self.store.head(manifest) is None:
+            self.store.delete(key)
+            raise NotFoundError(manifest)
+
+    def held(self) -> frozenset[CheckpointRef]:
+        """The checkpoints that other jobs start from."""
+        keys = (info.key for info in self.store.list(layout.checkpoints_prefix(self.job_id)))
+        found = (layout.parse_hold(key) for key in keys)
+        return frozenset(self._ref(named.step, named.attempt) for named in found if named)
+
     def current(self) -> list[CheckpointRef]:
         """The checkpoints that count, newest first."""
         # Claims are read last: one that appears after the listing then only removes, and a

@@ -70,7 +70,7 @@ def prune(
 ) -> Pruned:
     """Delete what retention allows. Safe to interrupt and repeat, by any number of callers.
 
-    protected: what is being read, and what other jobs start from (this job can't know them).
+    What other jobs hold is kept too. protected: what else must stay, such as what is being read.
     """
     committed = repository.committed()
     claims = repository.claims()
@@ -79,7 +79,8 @@ def prune(
     superseded = [ref for ref in committed if ref not in counted]
     bpb = _validation_bpb(repository, current) if retention.keep_best else {}
     starts = {claims[-1].start} if claims and claims[-1].start else set()
-    doomed = to_delete(current, superseded, bpb, retention, starts | set(protected))
+    kept = starts | set(protected) | repository.held()
+    doomed = to_delete(current, superseded, bpb, retention, kept)
     for ref in doomed:
         delete_checkpoint(repository, ref)
     return Pruned(tuple(doomed))
