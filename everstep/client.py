@@ -161,6 +161,16 @@ class Client:
             time.sleep(wait_s * random.uniform(0.8, 1.2))
             wait_s = min(wait_s * 1.6, LONGEST_WAIT_S)
 
+    def logs(
+        self, job_id: str, attempt: int = 0, rank: int | None = None, follow: bool = False
+    ) -> Iterator[pb.StreamLogsResponse]:
+        """Log lines of every rank and attempt, or of one; with follow as they come.
+
+        attempt 0: all. Ends with the lines that are there, or with follow when the job is final.
+        """
+        request = pb.StreamLogsRequest(job_id=job_id, attempt=attempt, rank=rank, follow=follow)
+        yield from self._connection.stream("StreamLogs", request)
+
     def cancel(self, job_id: str) -> pb.CancelJobResponse:
         """Stop a job for good; returns when it has, with its last checkpoint or why there is none.
 

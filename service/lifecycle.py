@@ -8,6 +8,7 @@ Invariant: submit either returns a job that is durable, or raises and has create
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -34,9 +35,12 @@ from trainer.contract.states import JobState
 from trainer.contract.violations import SpecError, Violation
 from trainer.storage.binding import DataBinding
 from trainer.storage.documents import sha256_hex
+from trainer.storage.layout import LogKey
+from trainer.storage.logs import LogLine
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
 from trainer.storage.object_store import NotFoundError
 
+LOG_POLL_S = 1.0  # trainers ship theirs every two seconds
 WATCH_BATCH = 500  # records read at once
 NANOCHAT = "nanochat:"
 
@@ -173,6 +177,21 @@ class Lifecycle:
             if job is None or job.is_final:
                 return
             await growth.wait()
+
+    async def logs(
+        self, job_id: str, attempt: int | None, rank: int | None, follow: bool
+    ) -> AsyncIterator[LogLine]:
+        """The log lines of a job, all ranks and attempts or one; with follow until it is final."""
+        seen: frozenset[LogKey] = frozenset()
+        while True:
+            ended = not follow or (await self.get(job_id)).job.is_final
+            for key in await self._storage.log_pieces(job_id, seen, attempt, rank):
+                seen |= {key}
+                for line in await self._storage.log_lines(job_id, key):
+                    yield line
+            if ended:
+                return
+            await asyncio.sleep(LOG_POLL_S)
 
     async def checkpoints(self, job_id: str) -> list[Manifest]:
         """The current checkpoints of a job, newest first."""

@@ -92,6 +92,26 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         async for record in self._lifecycle.watch(request.job_id, request.cursor):
             yield convert.record_to_proto(record)
 
+    async def StreamLogs(  # noqa: N802
+        self, request: pb.StreamLogsRequest, _context: Context
+    ) -> AsyncIterator[pb.StreamLogsResponse]:
+        if request.attempt < 0 or request.rank < 0:
+            raise InvalidRequestError("attempt and rank: at least 0")
+        await self._lifecycle.get(request.job_id)
+        lines = self._lifecycle.logs(
+            request.job_id,
+            request.attempt or None,
+            request.rank if request.HasField("rank") else None,
+            request.follow,
+        )
+        async for line in lines:
+            yield pb.StreamLogsResponse(
+                attempt=line.attempt,
+                rank=line.rank,
+                time=convert.timestamp(line.time),
+                line=line.text,
+            )
+
     async def PauseJob(  # noqa: N802
         self, request: pb.PauseJobRequest, _context: Context
     ) -> pb.PauseJobResponse:

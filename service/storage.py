@@ -19,6 +19,7 @@ from trainer.contract.violations import SpecError, Violation
 from trainer.storage import layout
 from trainer.storage.binding import BindingError, DataBinding, bind
 from trainer.storage.documents import DocumentError, sha256_hex
+from trainer.storage.logs import LogLine, new_pieces, read_piece
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
 from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError
 from trainer.storage.repository import CheckpointRepository
@@ -94,6 +95,16 @@ class Storage:
             return found
 
         return await self._call(read)
+
+    async def log_pieces(
+        self, job_id: str, seen: frozenset[layout.LogKey], attempt: int | None, rank: int | None
+    ) -> list[layout.LogKey]:
+        """The pieces of a job's logs that were not seen yet, in order."""
+        return await self._call(new_pieces, self._store, job_id, seen, attempt, rank)
+
+    async def log_lines(self, job_id: str, key: layout.LogKey) -> list[LogLine]:
+        """The lines of a piece."""
+        return await self._call(lambda: list(read_piece(self._store, job_id, key)))
 
     def checkpoint_uri(self, manifest: Manifest) -> str:
         """The folder of a checkpoint."""

@@ -29,6 +29,7 @@ from trainer.data.shards import ShardFormatError
 from trainer.data.validation import ValidationSet
 from trainer.distributed import World
 from trainer.events import CheckpointPassedOver, Directive, Event, Point, Reporter, Warned
+from trainer.logs import LoggingReporter, LogShipper
 from trainer.loop import Loop, Parts
 from trainer.report import ServiceReporter
 from trainer.runtime import Runtime, prepare
@@ -93,9 +94,12 @@ def run_attempt(context: AttemptContext, world: World) -> AttemptResult:
     progress = _Progress()
     try:
         with contextlib.ExitStack() as cleanup:
-            return _run(context, world, progress, cleanup)
+            try:
+                return _run(context, world, progress, cleanup)
+            except Exception:
+                log.exception("the attempt failed")  # while its log is still being shipped
+                raise
     except Exception as error:
-        log.exception("the attempt failed")
         outcome = next(
             (outcome for kinds, outcome in OUTCOMES if isinstance(error, kinds)),
             Outcome.CODE_ERROR,
@@ -109,11 +113,15 @@ def _run(
 ) -> AttemptResult:
     """Claim, build, train, save. What is opened is closed by cleanup, newest first."""
     cache = Path(context.cache_dir)
-    repository = CheckpointRepository(open_store(context.storage_uri), context.job_id)
+    store = open_store(context.storage_uri)
+    repository = CheckpointRepository(store, context.job_id)
     blueprint = Blueprint.read(repository.document(), context.threads)
     start = _start(context, world, repository, blueprint, cache)
     progress.attempt, progress.state = start.attempt, start.state
-    reporter = _reporter(context, world, start)
+    shipper = LogShipper(store, context.job_id, start.attempt, world.rank)
+    cleanup.callback(shipper.close)
+    log.info("rank %d of %d, attempt %d at %s", world.rank, world.size, start.attempt, context.host)
+    reporter = LoggingReporter(_reporter(context, world, start))
     cleanup.callback(reporter.close)
     runtime = prepare(
         blueprint.spec, blueprint.shape, blueprint.start_step, context.threads, world, cache

@@ -201,6 +201,14 @@ def _answers(call: Iterator[pb.ReportResponse]) -> Iterator[pb.ReportResponse]:
         yield item
 
 
+def point_line(point: Point) -> str:
+    """A step in one line of text."""
+    return (
+        f"step {point.step}  loss {point.loss:.4f}  norm {point.gradient_norm:.3f}  "
+        f"{point.tokens_per_s:,.0f} tokens/s"
+    )
+
+
 def point_to_proto(point: Point) -> pb.MetricPoint:
     """A point on the wire."""
     message = pb.MetricPoint(
@@ -277,10 +285,7 @@ class PrintingReporter:
 
     def point(self, point: Point) -> None:
         """See Reporter."""
-        self._say(
-            f"step {point.step}  loss {point.loss:.4f}  norm {point.gradient_norm:.3f}  "
-            f"{point.tokens_per_s:,.0f} tokens/s"
-        )
+        self._say(point_line(point))
 
     def event(self, event: Event) -> None:
         """See Reporter."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import click
 
 from everstep import errors
-from everstep.cli import jobs, serve, submissions, watch
+from everstep.cli import jobs, logs, serve, submissions, watch
 from everstep.cli.output import fail
 from everstep.spec_text import SpecTextError
 from trainer.contract.violations import SpecError
@@ -43,7 +43,13 @@ def everstep() -> None:
     """
 
 
-for _command in (*serve.COMMANDS, *submissions.COMMANDS, *jobs.COMMANDS, *watch.COMMANDS):
+for _command in (
+    *serve.COMMANDS,
+    *submissions.COMMANDS,
+    *jobs.COMMANDS,
+    *watch.COMMANDS,
+    *logs.COMMANDS,
+):
     everstep.add_command(_command)
 
 

@@ -89,6 +89,18 @@ def test_disturbed_and_undisturbed_weights_are_bit_identical(
     assert digests(stack, disturbed.id, STEPS) == digests(stack, other.id, STEPS)
 
 
+def test_logs_of_every_attempt_are_there_afterwards(client: Client, disturbed: pb.Job) -> None:
+    lines = list(client.logs(disturbed.id))
+    assert {line.attempt for line in lines} == {1, 2}
+    first, second = ([x.line for x in lines if x.attempt == number] for number in (1, 2))
+    assert "attempt 1 at" in first[0]
+    assert "attempt 2 at" in second[0]
+    assert any("step " in line for line in second)
+    assert f"checkpoint {disturbed.id}@{STEPS} committed" in second[-1]
+    assert next(iter(client.logs(disturbed.id, attempt=2, rank=0))).line == second[0]
+    assert list(client.logs(disturbed.id, rank=7)) == []
+
+
 def test_checkpoints_are_in_s3_by_the_documented_keys(stack: Stack, disturbed: pb.Job) -> None:
     keys = {item["Key"] for item in objects(stack, f"jobs/{disturbed.id}/")}
     assert f"jobs/{disturbed.id}/spec.json" in keys

@@ -19,9 +19,8 @@ _CLAIM_KEY = re.compile(rf"jobs/({_JOB})/attempts/([1-9]\d{{0,9}})\.json")
 _CHECKPOINT_KEY = re.compile(
     rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/(manifest\.json|{_PART})"
 )
-_HOLD_KEY = re.compile(
-    rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/held-by-({_JOB})"
-)
+_HOLD_KEY = re.compile(rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/held-by-({_JOB})")
+_LOG_KEY = re.compile(rf"jobs/({_JOB})/logs/([1-9]\d{{0,9}})/(\d{{5}})/(\d{{8}})\.jsonl")
 MANIFEST = "manifest.json"
 
 
@@ -41,6 +40,15 @@ class CheckpointKey:
     step: int
     attempt: int
     file: str
+
+
+@dataclass(frozen=True, order=True)
+class LogKey:
+    """What the key of a piece of log says; pieces of a rank count from 1."""
+
+    attempt: int
+    rank: int
+    sequence: int
 
 
 def job_prefix(job_id: str) -> str:
@@ -92,6 +100,22 @@ def hold_key(job_id: str, step: int, attempt: int, by_job_id: str) -> str:
     """Says that another job starts from a checkpoint."""
     assert re.fullmatch(_JOB, by_job_id), f"not a job id: {by_job_id!r}"
     return f"{checkpoint_prefix(job_id, step, attempt)}held-by-{by_job_id}"
+
+
+def logs_prefix(job_id: str) -> str:
+    """All logs of a job."""
+    return job_prefix(job_id) + "logs/"
+
+
+def log_key(job_id: str, key: LogKey) -> str:
+    """One piece of one rank's log in one attempt."""
+    return f"{logs_prefix(job_id)}{key.attempt}/{key.rank:05d}/{key.sequence:08d}.jsonl"
+
+
+def parse_log(key: str) -> LogKey | None:
+    """The piece of log that a key names, if it names one."""
+    match = _LOG_KEY.fullmatch(key)
+    return LogKey(int(match[2]), int(match[3]), int(match[4])) if match else None
 
 
 def part_name(index: int) -> str:
