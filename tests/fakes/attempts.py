@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from tests.fakes.control_plane import TINY, changed
+from tests.fakes.corpus import write_corpus
 from tests.fakes.reporter import RecordingReporter
 from trainer.attempt import AttemptContext, run_attempt
 from trainer.contract.outcome import AttemptResult
@@ -23,6 +25,8 @@ from trainer.storage.binding import bind
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
 from trainer.storage.object_store import open_store
 from trainer.storage.repository import CheckpointRepository
+
+LINE = "The quick brown fox jumps over the lazy dog, again and again. "
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ class Bucket:
 def process_settings_kept() -> Iterator[None]:
     """What an attempt sets for its process is put back."""
     threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    environment = dict(os.environ)
     yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.set_num_threads(threads)
@@ -102,3 +110,14 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     """Names of tensors that are not the same to the bit."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def small_corpus(folder: Path) -> dict[str, Any]:
+    """Data with an epoch of between two and three steps of TINY."""
+    rows = [f"{n}: {LINE * 4}" for n in range(3)]
+    write_corpus(folder, [[rows[:2], rows[:1]], [rows[:2]], [rows]])
+    return {"source": f"file:{folder}"}
+
+
+def ref_of(bucket: Bucket, job_id: str, step: int) -> CheckpointRef:
+    return bucket.checkpoint(job_id, step)[0].ref
