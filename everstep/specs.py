@@ -57,4 +57,8 @@ def dict_to_proto(data: dict[str, Any]) -> pb.JobSpec:
 def spec_dict_from_proto(message: pb.JobSpec) -> dict[str, Any]:
     """What a message sets, as plain values for `JobSpec.parse`; what it doesn't set is absent."""
     plain: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    for path, prefix in ENUM_FIELDS.items():
+        holder = plain.get(path[0], {}) if len(path) > 1 else plain
+        if holder.get(path[-1]) == f"{prefix}_UNSPECIFIED":
+            del holder[path[-1]]
     return plain

@@ -43,6 +43,12 @@ class StorageAwayError(ServiceError):
     reason = "STORAGE_UNAVAILABLE"
 
 
+class StoredDataError(ServiceError):
+    """A document in the bucket is torn or of another version: trying again won't help."""
+
+    reason = "STORED_DATA_UNREADABLE"
+
+
 class ClusterAwayError(ServiceError):
     """Ray can't be reached: try again later."""
 

@@ -49,6 +49,7 @@ STATUSES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (errors.PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StaleAttemptError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StorageAwayError, grpc.StatusCode.UNAVAILABLE),
+    (errors.StoredDataError, grpc.StatusCode.DATA_LOSS),
     (errors.ClusterAwayError, grpc.StatusCode.UNAVAILABLE),
     (errors.UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),

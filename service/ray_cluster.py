@@ -15,6 +15,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from service.scheduler import Capacity
 
 NAMESPACE = "everstep"
 HOST_PREFIX = "host-"
+HOST_NAME = re.compile(rf"{HOST_PREFIX}([0-9A-Za-z]+)-(\d+)")
 CALL_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 30.0  # importing Ray and connecting on a busy machine
 STATUS_TIMEOUT_S = 5.0
@@ -185,9 +187,7 @@ class Agent:
 
     def hosts(self) -> list[dict[str, Any]]:
         """Every host with its status, asked of all at once."""
-        names = [
-            name for name in self._ray.util.list_named_actors() if name.startswith(HOST_PREFIX)
-        ]
+        names = [name for name in self._ray.util.list_named_actors() if HOST_NAME.fullmatch(name)]
         asked = {}
         for name in names:
             with contextlib.suppress(ValueError):  # gone since it was listed
@@ -209,8 +209,9 @@ class Agent:
             self._ray.kill(host)
 
     def _status(self, name: str, answer: Any) -> dict[str, Any] | None:
-        job_id, _, number = name.removeprefix(HOST_PREFIX).rpartition("-")
-        known = {"job_id": job_id, "host_number": int(number)}
+        match = HOST_NAME.fullmatch(name)
+        assert match is not None, "only hosts are asked"
+        known = {"job_id": match[1], "host_number": int(match[2])}
         try:
             return {**known, "answered": True, **self._ray.get(answer, timeout=0.1)}
         except self._ray.exceptions.GetTimeoutError:

@@ -103,7 +103,10 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
         return job
 
 
-def _record(entry: pb.ReportEntry, attempt: int) -> NewRecord:
+def _record(entry: pb.ReportEntry, attempt: int) -> NewRecord | None:
+    """What an entry adds to the stream; nothing where the trainer had to thin it out."""
+    if entry.WhichOneof("record") is None:
+        return None
     at = convert.seconds(entry.time)
     if entry.HasField("point"):
         return events.point_record(entry.point, at, attempt)

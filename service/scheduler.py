@@ -1,7 +1,8 @@
 """Which queued job gets which resources. A pure function of a snapshot.
 
 Strict order: priority first, then submission. A job that fits never overtakes one before it that
-does not, so nobody starves; what can never fit is refused at submission, not here.
+waits for others to end, so nobody starves. What the whole cluster can't hold is refused at
+submission; if the cluster has shrunk since, it waits for it to grow, out of others' way.
 """
 
 from __future__ import annotations
@@ -60,7 +61,13 @@ def decide(queued: Sequence[Job], holding: Sequence[Job], total: Capacity) -> De
     order = sorted(queued, key=lambda job: (-job.spec.priority, job.submission))
     for place, job in enumerate(order, start=1):
         need = needs(job.spec.resources)
-        if blocked_by is not None:
+        if not total.holds(need):
+            # What can't run until the cluster grows back must not keep others from running.
+            waiting[job.id] = (
+                f"needs {need.gpus} GPU and {need.cpus} CPU, the cluster now has only "
+                f"{total.gpus} and {total.cpus}"
+            )
+        elif blocked_by is not None:
             waiting[job.id] = f"place {place} in the queue, behind job {blocked_by.id}"
         elif free.holds(need):
             start.append(job)

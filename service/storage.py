@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from service.errors import StorageAwayError
+from service.errors import StorageAwayError, StoredDataError
 from trainer.contract.spec import DataSpec
 from trainer.contract.violations import SpecError, Violation
 from trainer.storage import layout
@@ -180,7 +180,9 @@ class Storage:
             return await asyncio.to_thread(work, *args, **kwargs)
         except NotFoundError:
             raise
-        except (StoreError, DocumentError) as error:
+        except DocumentError as error:
+            raise StoredDataError(str(error)) from error
+        except StoreError as error:
             raise StorageAwayError(str(error)) from error
 
 

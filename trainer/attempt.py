@@ -45,6 +45,7 @@ from trainer.storage.repository import (
 from trainer.storage.retention import Retention
 
 FINAL_SAVE_S = 300.0  # the last checkpoint's upload, before it is given up
+FAILED_SAVE_S = 60.0
 MAX_MESSAGE = 2000
 log = logging.getLogger(__name__)
 
@@ -197,6 +198,8 @@ def _parts(
             reporter,
         )
         cleanup.callback(writer.close)
+        # An attempt that fails doesn't give up a checkpoint that is on its way.
+        cleanup.callback(writer.drain, FAILED_SAVE_S)
     return Parts(
         spec=blueprint.spec,
         world=world,

@@ -27,6 +27,9 @@ from trainer.contract.outcome import (
 
 ABORT_TIMEOUT_S = 4.0
 BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # before the first, second, ... restart in a row
+# Read when a worker loads torch. Threads that wait must not spin: beside other work on the same
+# cores a step takes three to five times as long otherwise (docs/log.md).
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Set where Ray starts a process for us; read by Ray Train itself.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -195,6 +198,7 @@ def _fit(config: HostConfig) -> None:
             storage_path=tempfile.mkdtemp(prefix="everstep-run-"),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             callbacks=[_host_callback(host_name)],
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
         # Logical GPUs on a box without any train on the CPU; gloo works in both.
         torch_config=TorchConfig(backend="nccl" if _has_cuda(use_gpu) else "gloo"),

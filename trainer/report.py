@@ -3,7 +3,7 @@
 A thread sends what has gathered twice a second, off the step's path, and keeps what isn't yet
 acknowledged; after a broken connection it connects again and sends from there.
 
-Invariant: memory is bounded: past MAX_WAITING entries the oldest points go first, events stay.
+Invariant: memory is bounded: past MAX_WAITING entries older points are thinned, events stay.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class ServiceReporter:
         self._hello = hello
         self._lock = threading.Lock()
         self._waiting: deque[pb.ReportEntry] = deque()
+        self._alive = 0  # entries waiting that still say something
         self._sequence = 0
         self._directive = Directive.GO_ON
         self._closing = threading.Event()
@@ -94,15 +95,16 @@ class ServiceReporter:
             self._sequence += 1
             entry.sequence = self._sequence
             self._waiting.append(entry)
-            if len(self._waiting) > MAX_WAITING:
+            self._alive += 1
+            if self._alive > MAX_WAITING:
                 self._thin_out()
 
     def _thin_out(self) -> None:
-        """Empty the oldest point's place: its number stays, so that no gap appears."""
-        for entry in self._waiting:
-            if entry.HasField("point"):
-                entry.ClearField("point")
-                return
+        """Empty every second of the older points; the numbers stay, so that no gap appears."""
+        points = [entry for entry in self._waiting if entry.HasField("point")]
+        for entry in points[: max(len(points) // 2, 1) : 2]:
+            entry.ClearField("point")
+            self._alive -= 1
 
     def _run(self) -> None:
         failures = 0
@@ -171,7 +173,8 @@ class ServiceReporter:
     def _hear(self, answer: pb.ReportResponse) -> None:
         with self._lock:
             while self._waiting and self._waiting[0].sequence <= answer.acknowledged_sequence:
-                self._waiting.popleft()
+                if self._waiting.popleft().WhichOneof("record") is not None:
+                    self._alive -= 1
         told = DIRECTIVES.get(answer.directive, Directive.GO_ON)
         # A checkpoint is asked for in one answer; it stays asked for until the loop has heard it.
         if told is not Directive.GO_ON or self._directive is not Directive.CHECKPOINT:

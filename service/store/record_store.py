@@ -74,7 +74,7 @@ class RecordStore:
             return 0
 
     async def append_reported(
-        self, job_id: str, attempt: int, entries: Sequence[tuple[int, NewRecord]]
+        self, job_id: str, attempt: int, entries: Sequence[tuple[int, NewRecord | None]]
     ) -> tuple[int, int]:
         """Append numbered entries of an attempt, each once.
 
@@ -93,16 +93,18 @@ class RecordStore:
             upto = acknowledged
             for sequence, record in entries:
                 if sequence == upto + 1:
-                    fresh.append(record)
                     upto = sequence
+                    if record is not None:
+                        fresh.append(record)
             if fresh:
                 await append_records(connection, job_id, fresh)
+            if upto > acknowledged:
                 await connection.execute(
                     sa.update(attempts)
                     .where(attempts.c.job_id == job_id, attempts.c.number == attempt)
                     .values(acknowledged=upto)
                 )
-            return len(fresh), upto
+            return upto - acknowledged, upto
 
 
 async def append_records(

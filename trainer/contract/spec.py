@@ -66,7 +66,7 @@ def enum_spelling(kind: type[StrEnum]) -> Callable[[object], object]:
         if isinstance(value, bool) and kind is Compile:  # YAML 1.1 reads on/off as booleans
             return Compile.ON if value else Compile.OFF
         if isinstance(value, str):
-            text = value.lower().rsplit("_", 1)[-1]
+            text = value.lower().removeprefix(f"{kind.__name__.lower()}_")
             if text in kind.__members__.values():
                 return kind(text)
         choices = ", ".join(kind)
