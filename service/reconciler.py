@@ -30,6 +30,9 @@ from trainer.contract.states import JobState
 
 TICK_S = 1.0
 STOP_GRACE_S = 120.0  # from a stop's request to the hard stop: one step, one checkpoint
+# Between two hosts of one job, when those before are lost: a host that can't live must not be
+# started every tick.
+HOST_PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)
 SUSPEND_GRACE_S = 90.0  # the same when the service takes the cluster down with it
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class Reconciler:
         self._host_config = host_config
         self._awake = asyncio.Event()
         self._stop_asked: dict[str, float] = {}  # job id -> monotonic time
+        self._hosts_lost: dict[str, tuple[int, float]] = {}  # job id -> how many, when the last
         self._suspending = False
         self.capacity: Capacity | None = None
 
@@ -161,8 +165,18 @@ class Reconciler:
         if job.desired is not Desired.RUNNING or self._suspending:
             reason = "stopped when its host was already gone; the last committed checkpoint stands"
             await self._move(job, STOPPED_AS[job.desired], reason)
-        else:
+        elif self._may_start_again(job):
             await self._start(job, "its host is gone; another one starts")
+
+    def _may_start_again(self, job: Job) -> bool:
+        """Whether the pause since the last lost host is over; a job that trained starts anew."""
+        lost, at = self._hosts_lost.get(job.id, (0, 0.0))
+        if job.state is JobState.RUNNING:
+            lost = 0
+        if time.monotonic() - at < HOST_PAUSES_S[min(lost, len(HOST_PAUSES_S) - 1)]:
+            return False
+        self._hosts_lost[job.id] = (lost + 1, time.monotonic())
+        return True
 
     async def _end_lost_attempts(self, job: Job) -> None:
         """Attempts that nobody is left to tell of ended with their host."""
@@ -255,5 +269,6 @@ class Reconciler:
         if await self._jobs.change(job, moved, record) is None:
             return False
         if moved.is_final:
+            self._hosts_lost.pop(job.id, None)
             self._metrics.forget_later(job.id)
         return True

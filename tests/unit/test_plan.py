@@ -1,6 +1,7 @@
 """What would run: counts, rates, the guard of a continuation, and what is refused."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -166,3 +167,21 @@ def test_the_plan_warns_of_the_smear_rate_and_of_tables_in_bf16() -> None:
 
 def test_without_checkpoints_by_steps_everything_is_at_risk() -> None:
     assert make_plan(spec_of(checkpoint={"every_steps": 0}), VOCAB).steps_at_risk == 300_000
+
+
+def test_a_rise_by_warm_up_above_the_guard_is_said() -> None:
+    parent = make_plan(JobSpec.parse({}), 32768).rates
+    in_force = {row.group: replace(row.points[0][1], lr=row.points[0][1].lr / 20) for row in parent}
+    fork = Fork("01J@1000", 1000, InForce(999, 0.05, 0.9, 0.0, in_force, 0.0))
+    spec = JobSpec.parse(
+        {
+            "start": {"from": "01J@1000"},
+            "schedule": {"anchor": "segment", "warmup_steps": 100, "num_iterations": 2000},
+        }
+    )
+    plan = make_plan(spec, 32768, fork)
+    assert plan.jumps == (), "its first step is below the parent's rate"
+    rises = [text for text in plan.warnings if "rises" in text]
+    assert len(rises) == len(plan.rates)
+    assert "matrix_768x768: the rate rises from 2.12132e-05 in force to 0.000424264" in rises[-3]
+    assert rises[-3].endswith("20 times")

@@ -19,7 +19,7 @@ from trainer.contract.schedule import (
     Schedule,
 )
 from trainer.contract.shape import ModelShape, ParameterCounts
-from trainer.contract.spec import Compute, Embeddings, JobSpec
+from trainer.contract.spec import Anchor, Compute, Embeddings, JobSpec
 from trainer.contract.violations import SpecError, Violation
 
 FP32_BYTES = 4
@@ -121,7 +121,10 @@ def make_plan(spec: JobSpec, vocab_size: int, fork: Fork | None = None) -> Plan:
         fork=fork,
         rates=rates,
         jumps=() if allowed else jumps,
-        warnings=_warnings(spec, groups, jumps if allowed else ()),
+        warnings=(
+            *_warnings(spec, groups, jumps if allowed else ()),
+            *(_rise(row) for row in rates if _rises(row, spec)),
+        ),
         checkpoint_bytes=checkpoint_bytes(spec, shape),
     )
 
@@ -130,11 +133,13 @@ def milestones(spec: JobSpec, start_step: int) -> tuple[int, ...]:
     """Steps at which a schedule turns, with the first, the middle and the last of the run."""
     schedule = spec.schedule
     last = schedule.num_iterations - 1
+    origin = start_step if schedule.anchor is Anchor.SEGMENT else 0
+    length = schedule.num_iterations - origin
     turns = {
         start_step,
-        schedule.warmup_steps,
+        origin + schedule.warmup_steps,
         MOMENTUM_WARMUP_STEPS,
-        schedule.num_iterations - round(schedule.warmdown_ratio * schedule.num_iterations),
+        schedule.num_iterations - round(schedule.warmdown_ratio * length),
         (start_step + last) // 2,
         last,
     }
@@ -195,6 +200,23 @@ def _rate_row(
 
 def _jumps(row: RateRow, spec: JobSpec) -> bool:
     return row.ratio is not None and row.ratio > spec.guards.max_lr_jump
+
+
+def _rises(row: RateRow, spec: JobSpec) -> bool:
+    """Whether a group starts within the guard, but a warm-up takes it above."""
+    if _jumps(row, spec) or row.parent is None or row.parent.lr == 0:
+        return False
+    peak = max(values.lr for _, values in row.points)
+    return peak > spec.guards.max_lr_jump * row.parent.lr
+
+
+def _rise(row: RateRow) -> str:
+    assert row.parent is not None
+    step, values = max(row.points, key=lambda point: point[1].lr)
+    return (
+        f"{row.group}: the rate rises from {row.parent.lr:.6g} in force to {values.lr:.6g} by step "
+        f"{step}, {values.lr / row.parent.lr:.3g} times"
+    )
 
 
 def _jump(row: RateRow, spec: JobSpec) -> LearningRateJump:
