@@ -37,7 +37,7 @@ lint: setup  ## ruff, import rules, proto lint and breaking changes, Dockerfile,
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/baseline.binpb
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/worker.compose.yml
 
 fmt: setup  ## format
 	$(BIN)/ruff check --fix .
