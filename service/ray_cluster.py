@@ -150,6 +150,7 @@ class Agent:
         import ray
 
         self._ray = ray
+        self._address = address
         ray.init(
             address=address,
             namespace=NAMESPACE,
@@ -181,6 +182,9 @@ class Agent:
             "resources": {"node:__internal_head__": 0.001},
             "max_concurrency": 8,
             "max_restarts": 0,  # the reconciler starts the next host, nobody else
+            # Inherited by all that the host starts: Ray Train's cleaner of placement groups looks
+            # for a cluster on this machine otherwise, and gives up where it finds two.
+            "runtime_env": {"env_vars": {"RAY_ADDRESS": self._address}},
         }
         host = self._ray.remote(host_class).options(**options).remote(config)
         self._ray.get(host.status.remote(), timeout=CALL_TIMEOUT_S - 1)

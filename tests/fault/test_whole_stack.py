@@ -26,7 +26,7 @@ from tests.stack import (
     wait_until,
 )
 
-STEPS = 600
+STEPS = 300
 LONG = {**SMALL_JOB, "name": "long", "schedule": {"num_iterations": 100_000}}
 
 

@@ -32,7 +32,7 @@ from trainer.contract.scaling import param_groups
 from trainer.contract.shape import ModelShape
 from trainer.contract.spec import JobSpec
 
-STEPS = 400
+STEPS = 300
 SERVICE_MEMORY_BYTES = 300 << 20
 
 
