@@ -29,6 +29,8 @@ from trainer.contract.violations import SpecError, Violation, from_pydantic
 CALL_S = 30.0
 PLAN_S = 120.0  # a builtin corpus may be prepared first
 STOP_S = 300.0  # a running job checkpoints before it stops
+VERIFY_S = 3600.0  # every byte is read back, one checkpoint at a time
+WINDOW_STEPS = 10_000  # of a metric history in one answer
 PAGE_SIZE = 100
 WATCH_PATIENCE_S = 120.0  # a service that restarts is back in seconds; a box, in a minute or two
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
@@ -200,6 +202,60 @@ class Client:
             "ListCheckpoints", request, CALL_S
         )
         return response.checkpoints
+
+    def verify(self, checkpoint: str) -> pb.VerifyCheckpointResponse:
+        """Read every byte of JOB@STEP or JOB@latest back; problems is empty where all is well.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+        """
+        request = pb.VerifyCheckpointRequest(checkpoint=checkpoint)
+        response: pb.VerifyCheckpointResponse = self._connection.unary(
+            "VerifyCheckpoint", request, VERIFY_S
+        )
+        return response
+
+    def delete_checkpoint(self, checkpoint: str) -> None:
+        """Delete JOB@STEP. When repeated after a lost answer it may say NotFoundError.
+
+        Raises:
+            RefusedError: somebody depends on it.
+        """
+        request = pb.DeleteCheckpointRequest(checkpoint=checkpoint)
+        self._connection.unary("DeleteCheckpoint", request, CALL_S)
+
+    def lineage(self, job_id: str) -> Sequence[pb.Ancestor]:
+        """The job, its parent, and so on back to fresh weights."""
+        request = pb.GetLineageRequest(job_id=job_id)
+        response: pb.GetLineageResponse = self._connection.unary("GetLineage", request, CALL_S)
+        return response.ancestors
+
+    def metrics(
+        self, job_id: str, start_step: int = 0, end_step: int = 0, max_points: int = 0
+    ) -> Sequence[pb.MetricPoint]:
+        """A job's points from start_step to end_step (0: the end), in order, one a step.
+
+        max_points: so many, evenly spaced, the first and the last among them; 0: all.
+        """
+        if max_points:
+            return self._points(job_id, start_step, end_step, max_points)
+        # All of a long job are more than one answer holds.
+        ends = self._points(job_id, start_step, end_step, 2)
+        found: list[pb.MetricPoint] = []
+        if ends:
+            for first in range(ends[0].step, ends[-1].step + 1, WINDOW_STEPS):
+                last = min(first + WINDOW_STEPS - 1, ends[-1].step)
+                found += self._points(job_id, first, last, 0)
+        return found
+
+    def _points(
+        self, job_id: str, start_step: int, end_step: int, max_points: int
+    ) -> Sequence[pb.MetricPoint]:
+        request = pb.ListMetricsRequest(
+            job_id=job_id, start_step=start_step, end_step=end_step, max_points=max_points
+        )
+        response: pb.ListMetricsResponse = self._connection.unary("ListMetrics", request, CALL_S)
+        return response.points
 
 
 def _ends(record: pb.WatchJobResponse) -> bool:

@@ -19,6 +19,12 @@ class JobNotFoundError(ServiceError):
     reason = "JOB_NOT_FOUND"
 
 
+class CheckpointNotFoundError(JobNotFoundError):
+    """The job has no such checkpoint: check the step."""
+
+    reason = "CHECKPOINT_NOT_FOUND"
+
+
 class RequestReusedError(ServiceError):
     """The request_id was used for another submission: choose a new one."""
 
@@ -35,6 +41,12 @@ class LearningRateJumpError(PreconditionError):
     """A continuation would raise a rate by more than its guard allows: see the ways out."""
 
     reason = "LEARNING_RATE_JUMP"
+
+
+class CheckpointNeededError(PreconditionError):
+    """Somebody depends on the checkpoint, so it may not be deleted: the message says who."""
+
+    reason = "CHECKPOINT_NEEDED"
 
 
 class StorageAwayError(ServiceError):

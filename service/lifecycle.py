@@ -1,4 +1,4 @@
-"""The use cases: plan, submit, list, watch, pause, resume, cancel.
+"""The use cases: plan, submit, list, watch, pause, resume, cancel; checkpoints and history.
 
 Knows stores, storage and the reconciler's wake-up, nothing of gRPC or Ray. A use case changes what
 is desired; the reconciler moves what is.
@@ -17,15 +17,18 @@ from typing import Any
 from ulid import ULID
 
 from service import events
+from service.checkpoints import CheckpointName
 from service.errors import (
+    CheckpointNeededError,
     JobNotFoundError,
     LearningRateJumpError,
     PreconditionError,
     RequestReusedError,
 )
 from service.jobs import Desired, Job, JobView, Record
+from service.lineage import Ancestor, lineage
 from service.scheduler import Capacity, needs
-from service.storage import Storage
+from service.storage import Storage, Stored
 from service.store import Database, JobStore, RecordStore
 from trainer.contract.plan import Fork, Plan, make_plan
 from trainer.contract.schedule import InForce
@@ -193,10 +196,37 @@ class Lifecycle:
                 return
             await asyncio.sleep(LOG_POLL_S)
 
-    async def checkpoints(self, job_id: str) -> list[Manifest]:
+    async def checkpoints(self, job_id: str) -> list[Stored]:
         """The current checkpoints of a job, newest first."""
         await self.get(job_id)
-        return await self._storage.manifests(job_id)
+        return await self._storage.stored(job_id)
+
+    async def verify(self, name: str) -> tuple[Stored, list[str]]:
+        """Read every byte of JOB@STEP back; what is wrong with it, empty: nothing."""
+        wanted = CheckpointName.parse(name)
+        await self.get(wanted.job_id)
+        return await self._storage.verify(wanted)
+
+    async def delete_checkpoint(self, name: str) -> None:
+        """Delete JOB@STEP, unless somebody needs it: CheckpointNeededError."""
+        wanted = CheckpointName.parse(name)
+        job = (await self.get(wanted.job_id)).job
+        if job.holds_resources:
+            raise CheckpointNeededError(
+                f"job {job.id} is {job.state} and may be reading {name}: pause it first"
+            )
+        await self._storage.delete_checkpoint(wanted)
+
+    async def lineage(self, job_id: str) -> list[Ancestor]:
+        """The job, its parent, and so on back to fresh weights."""
+        return await lineage(self._jobs, self._storage, job_id)
+
+    async def metrics(
+        self, job_id: str, start_step: int, end_step: int | None, max_points: int | None, limit: int
+    ) -> list[Record]:
+        """Metric points of a job's steps; see RecordStore.points."""
+        await self.get(job_id)
+        return await self._records.points(job_id, start_step, end_step, max_points, limit)
 
     async def cancel(self, job_id: str) -> tuple[JobView, Manifest | None]:
         """Stop a job for good; waits until it is final. Safe to repeat."""

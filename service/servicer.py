@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -17,12 +18,13 @@ from service import convert
 from service.errors import InvalidRequestError
 from service.jobs import JobView
 from service.lifecycle import Lifecycle, request_digest
-from service.storage import Storage, manifest_sha256
+from service.storage import Storage, Stored, manifest_sha256
 from trainer.storage.manifest import Manifest
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
 MAX_REQUEST_ID = 128
+MAX_POINTS = 20_000  # of one answer: about 12 MB
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -137,13 +139,56 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     async def ListCheckpoints(  # noqa: N802
         self, request: pb.ListCheckpointsRequest, _context: Context
     ) -> pb.ListCheckpointsResponse:
-        manifests = await self._lifecycle.checkpoints(request.job_id)
-        return pb.ListCheckpointsResponse(
-            checkpoints=[
-                convert.checkpoint_to_proto(manifest, self._storage.checkpoint_uri(manifest))
-                for manifest in manifests
-            ]
+        found = await self._lifecycle.checkpoints(request.job_id)
+        return pb.ListCheckpointsResponse(checkpoints=[self._checkpoint(each) for each in found])
+
+    async def VerifyCheckpoint(  # noqa: N802
+        self, request: pb.VerifyCheckpointRequest, _context: Context
+    ) -> pb.VerifyCheckpointResponse:
+        stored, problems = await self._lifecycle.verify(request.checkpoint)
+        return pb.VerifyCheckpointResponse(checkpoint=self._checkpoint(stored), problems=problems)
+
+    async def DeleteCheckpoint(  # noqa: N802
+        self, request: pb.DeleteCheckpointRequest, _context: Context
+    ) -> pb.DeleteCheckpointResponse:
+        await self._lifecycle.delete_checkpoint(request.checkpoint)
+        return pb.DeleteCheckpointResponse()
+
+    async def GetLineage(  # noqa: N802
+        self, request: pb.GetLineageRequest, _context: Context
+    ) -> pb.GetLineageResponse:
+        found = await self._lifecycle.lineage(request.job_id)
+        return pb.GetLineageResponse(ancestors=[pb.Ancestor(**asdict(each)) for each in found])
+
+    async def ListMetrics(  # noqa: N802
+        self, request: pb.ListMetricsRequest, _context: Context
+    ) -> pb.ListMetricsResponse:
+        for field in ("start_step", "end_step", "max_points"):
+            if (value := getattr(request, field)) < 0:
+                raise InvalidRequestError(f"{field}: {value}: at least 0")
+        if 0 < request.end_step < request.start_step:
+            raise InvalidRequestError(f"end_step: {request.end_step}: before start_step")
+        records = await self._lifecycle.metrics(
+            request.job_id,
+            request.start_step,
+            request.end_step or None,
+            request.max_points or None,
+            MAX_POINTS + 1,
         )
+        if len(records) > MAX_POINTS:
+            raise InvalidRequestError(
+                f"max_points: {request.max_points}: an answer holds at most {MAX_POINTS} points; "
+                "ask for fewer, or for one range of steps after the other"
+            )
+        return pb.ListMetricsResponse(
+            points=[convert.record_to_proto(record).point for record in records]
+        )
+
+    def _checkpoint(self, stored: Stored) -> pb.Checkpoint:
+        uri = self._storage.checkpoint_uri(stored.ref)
+        if stored.manifest is None:
+            return pb.Checkpoint(ref=convert.ref_to_proto(stored.ref), uri=uri)
+        return convert.checkpoint_to_proto(stored.manifest, uri)
 
 
 def _submission(page_token: str) -> int | None:

@@ -11,16 +11,19 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from service.errors import StorageAwayError, StoredDataError
+from service import checkpoints
+from service.checkpoints import LATEST, CheckpointName
+from service.errors import CheckpointNotFoundError, StorageAwayError, StoredDataError
 from trainer.contract.spec import DataSpec
 from trainer.contract.violations import SpecError, Violation
 from trainer.storage import layout
 from trainer.storage.binding import BindingError, DataBinding, bind
 from trainer.storage.documents import DocumentError, sha256_hex
 from trainer.storage.logs import LogLine, new_pieces, read_piece
-from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
+from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest, ManifestError
 from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError
 from trainer.storage.repository import CheckpointRepository
 
@@ -30,7 +33,14 @@ T = TypeVar("T")
 BUILTIN = "builtin:"
 BUILTIN_CORPUS = "python-docs"
 BUILTIN_FOLDER = "builtin"
-LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A committed checkpoint. manifest: None where it can't be read, so that none can load it."""
+
+    ref: CheckpointRef
+    manifest: Manifest | None
 
 
 class Storage:
@@ -40,6 +50,7 @@ class Storage:
         self._store = store
         self._builtin: dict[int, tuple[str, str]] = {}  # vocabulary size -> source, tokenizer
         self._preparing = asyncio.Lock()
+        self._verifying = asyncio.Lock()  # one at a time: each reads gigabytes
 
     @property
     def uri(self) -> str:
@@ -81,20 +92,43 @@ class Storage:
         """The checkpoints of a job that count, newest first."""
         return await self._call(self._repository(job_id).current)
 
-    async def manifests(self, job_id: str) -> list[Manifest]:
+    async def stored(self, job_id: str) -> list[Stored]:
         """The same with what each holds; one deleted meanwhile is left out."""
         repository = self._repository(job_id)
 
-        def read() -> list[Manifest]:
-            found = []
-            for ref in repository.current():
-                try:
-                    found.append(repository.manifest(ref))
-                except NotFoundError:
-                    continue
-            return found
+        def read() -> list[Stored]:
+            found = (_read(repository, ref) for ref in repository.current())
+            return [stored for stored in found if stored is not None]
 
         return await self._call(read)
+
+    async def manifests(self, job_id: str) -> list[Manifest]:
+        """What the readable ones among them hold."""
+        found = await self.stored(job_id)
+        return [stored.manifest for stored in found if stored.manifest is not None]
+
+    async def verify(self, name: CheckpointName) -> tuple[Stored, list[str]]:
+        """Read every byte of a checkpoint back; what is wrong with it, empty: nothing.
+
+        Raises:
+            CheckpointNotFoundError: there is none, or it was deleted while it was read.
+        """
+        repository = self._repository(name.job_id)
+
+        def read() -> tuple[Stored, list[str]]:
+            ref = checkpoints.find(repository, name.step)
+            problems = [str(error) for error in repository.verify(ref)]
+            stored = _read(repository, ref)
+            if stored is None:
+                raise CheckpointNotFoundError(f"{ref} was deleted a moment ago")
+            return stored, problems
+
+        async with self._verifying:
+            return await self._call(read)
+
+    async def delete_checkpoint(self, name: CheckpointName) -> None:
+        """Delete a checkpoint that nobody needs; see checkpoints.delete."""
+        await self._call(checkpoints.delete, self._repository(name.job_id), name.step)
 
     async def log_pieces(
         self, job_id: str, seen: frozenset[layout.LogKey], attempt: int | None, rank: int | None
@@ -106,9 +140,8 @@ class Storage:
         """The lines of a piece."""
         return await self._call(lambda: list(read_piece(self._store, job_id, key)))
 
-    def checkpoint_uri(self, manifest: Manifest) -> str:
+    def checkpoint_uri(self, ref: CheckpointRef) -> str:
         """The folder of a checkpoint."""
-        ref = manifest.ref
         folder = layout.checkpoint_prefix(ref.job_id, ref.step, ref.attempt)
         return f"{self.uri.rstrip('/')}/{folder.rstrip('/')}"
 
@@ -184,6 +217,16 @@ class Storage:
             raise StoredDataError(str(error)) from error
         except StoreError as error:
             raise StorageAwayError(str(error)) from error
+
+
+def _read(repository: CheckpointRepository, ref: CheckpointRef) -> Stored | None:
+    """A checkpoint as it is; None where it isn't there any more."""
+    try:
+        return Stored(ref, repository.manifest(ref))
+    except NotFoundError:
+        return None
+    except ManifestError:
+        return Stored(ref, None)
 
 
 def manifest_sha256(manifest: Manifest) -> str:

@@ -1,11 +1,11 @@
 """Jobs and checkpoints that exist, drawn for people.
 
-Owns the layout of `get`, `list` and `checkpoints`. Works nothing out.
+Owns the layout of `get`, `list`, `checkpoints`, `lineage` and `metrics`. Works nothing out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -34,17 +34,56 @@ def job_table(jobs: Iterable[pb.Job]) -> Table:
     return table
 
 
-def checkpoint_table(checkpoints: Iterable[pb.Checkpoint]) -> Table:
-    """One line a checkpoint."""
-    table = _table("step", "attempt", "size", "bits/byte", "age", "uri")
-    for item in checkpoints:
-        table.add_row(
+def checkpoint_table(
+    checkpoints: Iterable[pb.Checkpoint], problems: Sequence[str] | None = None
+) -> Table:
+    """One line a checkpoint; problems: what is wrong with each, where they were verified."""
+    names = ["step", "attempt", "size", "bits/byte", "age", "uri"]
+    if problems is not None:
+        names.insert(-1, "verified")
+    table = _table(*names)
+    for place, item in enumerate(checkpoints):
+        readable = item.HasField("create_time")  # its manifest, that is
+        row: list[str | Text] = [
             f"{item.ref.step:,}",
             str(item.ref.attempt),
-            output.size(item.size_bytes),
+            output.size(item.size_bytes) if readable else "?",
             f"{item.validation_bpb:.4f}" if item.HasField("validation_bpb") else "",
-            output.age(item.create_time),
-            Text(output.one_line(item.uri), overflow="fold"),
+            output.age(item.create_time) if readable else "?",
+        ]
+        if problems is not None:
+            wrong = output.one_line(problems[place])
+            row.append(Text(wrong or "ok", style="red" if wrong else "green", overflow="fold"))
+        table.add_row(*row, Text(output.one_line(item.uri), overflow="fold"))
+    return table
+
+
+def lineage_table(ancestors: Iterable[pb.Ancestor]) -> Table:
+    """One line a job, the youngest first."""
+    table = _table("job", "name", "from step", "to step")
+    for item in ancestors:
+        known = bool(item.name)
+        table.add_row(
+            item.job_id,
+            output.one_line(item.name) if known else "(nothing is left of it)",
+            f"{item.start_step:,}" if known else "?",
+            f"{item.end_step:,}",
+        )
+    return table
+
+
+def metric_table(points: Iterable[pb.MetricPoint]) -> Table:
+    """One line a step."""
+    table = _table("step", "loss", "smoothed", "gradient norm", "tokens/s", "seconds", "time")
+    for item in points:
+        table.add_row(
+            f"{item.step:,}",
+            f"{item.loss:.4f}",
+            f"{item.loss_smoothed:.4f}",
+            f"{item.gradient_norm:.4g}",
+            f"{item.tokens_per_s:,.0f}",
+            f"{item.step_s:.3g}",
+            output.local_time(item.time) if item.HasField("time") else "",
         )
     return table
 

@@ -1,19 +1,30 @@
-"""`everstep list`, `get`, `cancel`, `pause`, `resume`, `checkpoints`: jobs that exist.
+"""`everstep list`, `get`, `cancel`, `pause`, `resume`, `checkpoints`, `lineage`, `metrics`.
 
-Owns what is asked and said about one job or many. Knows nothing of layout (job_view.py).
+Owns what is asked and said about jobs that exist. Knows nothing of layout (job_view.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import click
 
-from everstep.cli.job_view import checkpoint_table, job_table, show_job
+from everstep.cli.job_view import (
+    checkpoint_table,
+    job_table,
+    lineage_table,
+    metric_table,
+    show_job,
+)
 from everstep.cli.options import json_option
 from everstep.cli.output import console, note, ref_name, state_name, write_json
 from everstep.client import Client
+from everstep.errors import NotFoundError
 from everstep.v1 import everstep_pb2 as pb
+
+CHECKPOINT_BAD = 1
+SHOWN_POINTS = 20
 
 STATES = [name.removeprefix("JOB_STATE_") for name in pb.JobState.keys()[1:]]  # but UNSPECIFIED
 
@@ -90,17 +101,98 @@ def resume(job: str, output: str) -> None:
 
 @click.command()
 @click.argument("job")
+@click.option("--verify", is_flag=True, help="Read every byte back; exits with 1 if any is bad.")
+@click.option(
+    "--delete",
+    "step",
+    type=click.IntRange(min=0),
+    metavar="STEP",
+    help="Delete the checkpoint at STEP, unless something depends on it.",
+)
 @json_option
-def checkpoints(job: str, output: str) -> None:
-    """List the committed checkpoints of JOB, newest first."""
+def checkpoints(job: str, verify: bool, step: int | None, output: str) -> int:
+    """List the committed checkpoints of JOB, newest first; or verify them, or delete one."""
+    if verify and step is not None:
+        raise click.UsageError("give --verify or --delete, not both")
     with Client() as client:
+        if step is not None:
+            client.delete_checkpoint(f"{job}@{step}")
+            if output == "text":
+                click.echo(f"{job}@{step} is deleted")
+            else:
+                write_json(pb.DeleteCheckpointResponse())
+            return 0
         found = client.checkpoints(job)
+        if verify:
+            return _verify(client, found, output)
     if output == "json":
         write_json(found, "checkpoints")
     elif found:
         console().print(checkpoint_table(found))
     else:
         note("no checkpoints")
+    return 0
+
+
+@click.command()
+@click.argument("job")
+@json_option
+def lineage(job: str, output: str) -> None:
+    """Show where JOB came from: its parents, back to fresh weights."""
+    with Client() as client:
+        found = client.lineage(job)
+    if output == "json":
+        write_json(found, "ancestors")
+    else:
+        console().print(lineage_table(found))
+
+
+@click.command()
+@click.argument("job")
+@click.option(
+    "--from-step", type=click.IntRange(min=0), default=0, metavar="STEP", help="From this step."
+)
+@click.option(
+    "--to-step",
+    type=click.IntRange(min=1),
+    metavar="STEP",
+    help="To this step.  [default: the last]",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(min=0),
+    default=SHOWN_POINTS,
+    show_default=True,
+    help="At most this many, evenly spaced; 0: all.",
+)
+@json_option
+def metrics(job: str, from_step: int, to_step: int | None, points: int, output: str) -> None:
+    """Show what the steps of JOB measured. Where a step was trained twice, the later time."""
+    with Client() as client:
+        found = client.metrics(job, from_step, to_step or 0, points)
+    if output == "json":
+        write_json(found, "points")
+    elif found:
+        console().print(metric_table(found))
+    else:
+        note("no points")
+
+
+def _verify(client: Client, listed: Sequence[pb.Checkpoint], output: str) -> int:
+    checked = []
+    for item in listed:
+        try:
+            checked.append(client.verify(ref_name(item.ref)))
+        except NotFoundError:
+            note(f"{ref_name(item.ref)} was deleted meanwhile")
+    if output == "json":
+        write_json(checked, "checkpoints")
+    elif checked:
+        problems = ["; ".join(each.problems) for each in checked]
+        console().print(checkpoint_table([each.checkpoint for each in checked], problems))
+    else:
+        note("no checkpoints")
+    return CHECKPOINT_BAD if any(each.problems for each in checked) else 0
 
 
 def _say_stopped(stopped: pb.CancelJobResponse | pb.PauseJobResponse, output: str) -> None:
@@ -115,4 +207,4 @@ def _say_stopped(stopped: pb.CancelJobResponse | pb.PauseJobResponse, output: st
     click.echo(f"{stopped.job.id} is {state_name(stopped.job.state)}; {left}")
 
 
-COMMANDS = (list_, get, cancel, pause, resume, checkpoints)
+COMMANDS = (list_, get, cancel, pause, resume, checkpoints, lineage, metrics)

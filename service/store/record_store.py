@@ -56,6 +56,43 @@ class RecordStore:
         async with self._database.read() as connection:
             return [Record(*row) for row in await connection.execute(query)]
 
+    async def points(
+        self, job_id: str, start_step: int, end_step: int | None, max_points: int | None, limit: int
+    ) -> list[Record]:
+        """Metric points of a range of steps, both ends included, in order: one a step.
+
+        Where steps were trained twice the newest attempt's counts. max_points: evenly spaced, the
+        first and the last among them (1: the last). Never more than limit.
+        """
+        wanted = [
+            records.c.job_id == job_id,
+            records.c.kind == "point",
+            records.c.step >= start_step,
+        ]
+        if end_step is not None:
+            wanted.append(records.c.step <= end_step)
+        newest_first = (records.c.attempt.desc(), records.c.cursor.desc())
+        turn = sa.func.row_number().over(partition_by=records.c.step, order_by=newest_first)
+        trained = sa.select(records.c.cursor, records.c.step, turn.label("turn")).where(*wanted)
+        each = trained.subquery()
+        place = sa.func.row_number().over(order_by=each.c.step) - 1
+        once = (
+            sa.select(each.c.cursor, place.label("place"), sa.func.count().over().label("total"))
+            .where(each.c.turn == 1)
+            .subquery()
+        )
+        query = (
+            sa.select(records.c.cursor, records.c.time, records.c.attempt, records.c.body)
+            .join(once, once.c.cursor == records.c.cursor)
+            .where(records.c.job_id == job_id)
+            .order_by(once.c.place)
+            .limit(limit)
+        )
+        if max_points is not None:
+            query = query.where(_chosen(once.c.place, once.c.total, max_points))
+        async with self._database.read() as connection:
+            return [Record(*row) for row in await connection.execute(query)]
+
     async def begin_attempt(self, attempt: Attempt, record: NewRecord) -> int:
         """Make an attempt known; the last sequence number it has had acknowledged.
 
@@ -134,6 +171,22 @@ async def append_records(
     connection.info[TOUCHED].add(job_id)
     await connection.execute(
         sa.update(progress).where(progress.c.job_id == job_id).values(**changes)
+    )
+
+
+def _chosen(
+    place: sa.ColumnElement[int], total: sa.ColumnElement[int], count: int
+) -> sa.ColumnElement[bool]:
+    """Whether a place, from 0, is among count evenly spaced ones of total."""
+    if count == 1:
+        return place == total - 1
+    # The places fall into count bins, the first and the last into bins of their own; the first
+    # place of each bin counts. Where total <= count that is every place.
+    gaps, last = count - 1, total - 1
+    return sa.or_(
+        place == 0,
+        total <= count,
+        (place * gaps) // last > ((place - 1) * gaps) // last,
     )
 
 

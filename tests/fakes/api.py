@@ -31,7 +31,7 @@ SECRET = bytes(range(32))
 FILLED = {
     "SubmitJob", "PlanJob", "GetJob", "ListJobs", "WatchJob", "PauseJob", "ResumeJob", "CancelJob",
     "StreamLogs",
-    "ListCheckpoints",
+    "ListCheckpoints", "VerifyCheckpoint", "DeleteCheckpoint", "GetLineage", "ListMetrics",
 }  # fmt: skip
 TRAINING = pb.DESCRIPTOR.services_by_name["TrainingService"]
 RUN = pb.DESCRIPTOR.services_by_name["RunService"]

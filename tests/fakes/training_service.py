@@ -114,5 +114,9 @@ for _method in (
     "ResumeJob",
     "CancelJob",
     "ListCheckpoints",
+    "VerifyCheckpoint",
+    "DeleteCheckpoint",
+    "GetLineage",
+    "ListMetrics",
 ):
     setattr(FakeTrainingService, _method, _handler(_method))
