@@ -10,7 +10,6 @@ line.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -123,13 +122,3 @@ def read_setting(setting: str) -> dict[str, Any]:
         value = {key: value}
     assert isinstance(value, dict)
     return value
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """changes over base, section by section; neither is altered."""
-    result = dict(base)
-    for key, new in changes.items():
-        old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(new, Mapping)
-        result[key] = merged(old, new) if both else new  # type: ignore[arg-type]
-    return result

@@ -6,6 +6,7 @@ are read everywhere. Imports only the contract.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import json_format
@@ -62,3 +63,13 @@ def spec_dict_from_proto(message: pb.JobSpec) -> dict[str, Any]:
         if holder.get(path[-1]) == f"{prefix}_UNSPECIFIED":
             del holder[path[-1]]
     return plain
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """changes over base, section by section; neither is altered."""
+    result = dict(base)
+    for key, new in changes.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(new, Mapping)
+        result[key] = merged(old, new) if both else new  # type: ignore[arg-type]
+    return result

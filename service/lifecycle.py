@@ -16,6 +16,7 @@ from typing import Any
 
 from ulid import ULID
 
+from everstep.specs import merged
 from service import events
 from service.checkpoints import CheckpointName
 from service.errors import (
@@ -278,7 +279,7 @@ class Lifecycle:
         if parent is None:
             raise SpecError([Violation("start.from", name, "there is no such job")])
         inherited = {k: v for k, v in parent.spec.to_dict().items() if k != "start"}
-        return JobSpec.parse(merge(inherited, data))
+        return JobSpec.parse(merged(inherited, data))
 
     async def _parent(self, spec: JobSpec) -> tuple[JobDocument, Manifest] | None:
         name = spec.start.from_
@@ -325,16 +326,6 @@ class Lifecycle:
                 f"request_id {job.request_id!r} made job {job.id} from another request"
             )
         return job
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """changes over base, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
 
 
 def request_digest(message: bytes) -> str:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import click
 
 from everstep.nanochat_flags import DATA_FOLDERS, data_fields, translate
-from everstep.spec_text import merged, read_setting, read_spec
+from everstep.spec_text import read_setting, read_spec
+from everstep.specs import merged
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NANOCHAT_CHECKPOINT = "nanochat:"

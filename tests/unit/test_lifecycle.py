@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,6 @@ from service.errors import (
     StorageAwayError,
 )
 from service.jobs import Desired, Job
-from service.lifecycle import merge
 from service.scheduler import Capacity
 from tests.fakes.control_plane import TINY, ControlPlane, changed, control_plane
 from tests.fakes.corpus import write_corpus
@@ -329,10 +327,3 @@ async def test_a_watch_goes_on_across_states_and_ends_with_the_job(plane: Contro
     assert await asyncio.wait_for(from_start, 5) == [1, 2, 3]
     assert await asyncio.wait_for(from_two, 5) == [3]
     assert await asyncio.wait_for(watch(3), 5) == []
-
-
-def test_merging_changes_fields_and_not_their_neighbours() -> None:
-    base = {"a": {"b": {"c": 1, "d": 2}}, "e": 3}
-    changes = {"a": {"b": {"c": 9}}, "f": {"g": 1}}
-    assert merge(base, changes) == {"a": {"b": {"c": 9, "d": 2}}, "e": 3, "f": {"g": 1}}
-    assert json.dumps(base) == '{"a": {"b": {"c": 1, "d": 2}}, "e": 3}'

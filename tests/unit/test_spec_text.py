@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from everstep.spec_text import SpecTextError, merged, read_setting, read_spec
+from everstep.spec_text import SpecTextError, read_setting, read_spec
+from everstep.specs import merged
 
 
 @pytest.mark.parametrize(
