@@ -189,7 +189,7 @@ def _compose(
         }
 
     jobs, records = JobStore(database), RecordStore(database)
-    reconciler = Reconciler(jobs, records, cluster, metrics, host_config)
+    reconciler = Reconciler(jobs, cluster, metrics, host_config)
     storage = Storage(store)
     lifecycle = Lifecycle(database, storage, lambda: reconciler.capacity, reconciler.wake)
     server = Server(

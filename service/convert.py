@@ -6,9 +6,8 @@ Invariant: a spec that goes out comes back in equal: `spec_from_proto(spec_to_pr
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
-from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from everstep.specs import spec_dict_from_proto, spec_to_proto
@@ -169,9 +168,3 @@ def checkpoint_to_proto(manifest: Manifest, uri: str) -> pb.Checkpoint:
         validation_bpb=manifest.validation_bpb,
         uri=uri,
     )
-
-
-def to_plain(message: Any) -> dict[str, Any]:
-    """A message as plain values, proto field names as written."""
-    plain: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    return plain

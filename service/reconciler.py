@@ -24,7 +24,7 @@ from service.jobs import Desired, Job
 from service.metrics import Metrics
 from service.ray_cluster import HostStatus, RayCluster
 from service.scheduler import Capacity, decide
-from service.store import JobStore, RecordStore
+from service.store import JobStore
 from trainer.contract.outcome import RESTART_BUDGET, AttemptResult, Outcome, Policy
 from trainer.contract.states import JobState
 
@@ -50,14 +50,12 @@ class Reconciler:
     def __init__(
         self,
         jobs: JobStore,
-        records: RecordStore,
         cluster: RayCluster,
         metrics: Metrics,
         host_config: Callable[[Job], dict[str, Any]],
     ) -> None:
         """host_config: what the host of a job is told."""
         self._jobs = jobs
-        self._records = records
         self._cluster = cluster
         self._metrics = metrics
         self._host_config = host_config

@@ -6,7 +6,6 @@ Object storage takes the standard AWS_* variables, read by boto3 itself.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -35,7 +34,3 @@ class Settings(BaseSettings):
     ray_gpus: int | None = Field(
         None, ge=0, description="GPUs of the embedded Ray; more than there are train on the CPU"
     )
-
-    def resolved(self) -> dict[str, Any]:
-        """For a log line: everything but secrets."""
-        return self.model_dump(exclude={"admin_token", "secret"}, mode="json")

@@ -141,6 +141,8 @@ def _run(
     if parts.writer is None:
         return AttemptResult(start.attempt, end.outcome, end.message, state.step)
     outcome, message = _last_save(parts.writer, end.outcome, end.message)
+    if outcome is Outcome.NOT_FINITE:
+        message += f"; the last good checkpoint is {parts.writer.committed or start.ref or 'none'}"
     committed = parts.writer.committed
     saved = committed.step if committed else None
     return AttemptResult(start.attempt, outcome, message, state.step, saved)

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SOFT_CAP = 15.0  # nanochat at commit 92d63d4
-IGNORED = -1
 # One chunk's fp32 logits. Smaller chunks save memory and suit a CPU's caches, but each adds a pass
 # over lm_head's gradient and needs rows enough to keep a GPU busy (assumption: never run on one).
 CPU_CHUNK_BYTES = 64 * 2**20

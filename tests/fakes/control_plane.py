@@ -72,7 +72,6 @@ class ControlPlane:
         self.metrics = Metrics(CollectorRegistry())
         self.reconciler = Reconciler(
             self.jobs,
-            self.records,
             self.cluster,  # type: ignore[arg-type] # the same methods
             self.metrics,
             lambda job: {"job_id": job.id, "host_number": job.host_number},

@@ -86,6 +86,7 @@ def test_a_loss_that_is_not_finite_ends_the_attempt_without_an_update(bucket: Bu
     result, told = bucket.run("JOB")
     assert (result.outcome, result.step) == (Outcome.NOT_FINITE, 4)
     assert result.message.startswith("step 5: loss nan")
+    assert result.message.endswith("the last good checkpoint is JOB@4")
     assert not told.points
     assert bucket.repository("JOB").current() == before
 
