@@ -203,6 +203,7 @@ class Standalone:
             **plain_environment(),
             **self.wiring.s3_environment,
             **self.ray_environment,
+            "TMPDIR": str(self._scratch),  # what killed processes leave goes with it
         }
         dashboard = self.wiring.ray_dashboard_port
 

@@ -7,6 +7,7 @@ what the caller can do. Holds no state of its own.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import sys
@@ -24,12 +25,13 @@ from trainer.storage.binding import BindingError, DataBinding, bind
 from trainer.storage.documents import DocumentError, sha256_hex
 from trainer.storage.logs import LogLine, new_pieces, read_piece
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest, ManifestError
-from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError
+from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError, open_store
 from trainer.storage.repository import CheckpointRepository
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+OPEN_STORES = 64
 BUILTIN = "builtin:"
 BUILTIN_CORPUS = "python-docs"
 BUILTIN_FOLDER = "builtin"
@@ -48,6 +50,8 @@ class Storage:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
+        # A client of S3 takes a quarter of a second to make, and any thread may use it.
+        self._open = functools.lru_cache(maxsize=OPEN_STORES)(open_store)
         self._builtin: dict[int, tuple[str, str]] = {}  # vocabulary size -> source, tokenizer
         self._preparing = asyncio.Lock()
         self._verifying = asyncio.Lock()  # one at a time: each reads gigabytes
@@ -153,7 +157,7 @@ class Storage:
         """
         source, tokenizer = await self._addresses(data)
         try:
-            return await self._call(bind, source, tokenizer, data.validation)
+            return await self._call(bind, source, tokenizer, data.validation, self._open)
         except BindingError as error:
             value = getattr(data, error.field.rpartition(".")[2], error.value)
             raise SpecError([Violation(error.field, value, error.reason)]) from error

@@ -177,12 +177,18 @@ def _summary(error: BaseException) -> str:
 
 def _fit(config: HostConfig) -> None:
     """One attempt. Returns when all workers returned; raises what Ray Train raises."""
+    # Ray Train insists on a folder for its own notes on a run; nothing of ours goes through it.
+    with tempfile.TemporaryDirectory(prefix="everstep-run-", ignore_cleanup_errors=True) as notes:
+        _trainer(config, notes).fit()
+
+
+def _trainer(config: HostConfig, notes: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     host_name = _own_name()
     use_gpu = config.gpus_per_worker > 0
-    trainer = TorchTrainer(
+    return TorchTrainer(
         run_worker,
         train_loop_config={"config": asdict(config), "host": host_name},
         scaling_config=ScalingConfig(
@@ -195,7 +201,7 @@ def _fit(config: HostConfig) -> None:
         ),
         run_config=RunConfig(
             name=f"{config.job_id}-{config.host_number}-{time.time_ns()}",
-            storage_path=tempfile.mkdtemp(prefix="everstep-run-"),
+            storage_path=notes,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             callbacks=[_host_callback(host_name)],
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
@@ -203,11 +209,10 @@ def _fit(config: HostConfig) -> None:
         # Logical GPUs on a box without any train on the CPU; gloo works in both.
         torch_config=TorchConfig(backend="nccl" if _has_cuda(use_gpu) else "gloo"),
     )
-    trainer.fit()
 
 
 def _has_cuda(use_gpu: bool) -> bool:
-    """Whether this machine has CUDA devices; the host itself holds none, so NVML is asked."""
+    """Whether this machine has CUDA devices; the host holds none, so its files are asked."""
     if not use_gpu:
         return False
     return any(name.startswith("nvidia") for name in os.listdir("/dev"))
