@@ -23,6 +23,7 @@ from trainer.storage.repository import CheckpointRepository, select_current
 from trainer.storage.retention import ALWAYS_KEPT, delete_checkpoint
 
 LATEST = "latest"
+SHOWN_STEPS = 10
 SHOWN_CHARS = 120  # a wrong name is quoted up to here
 _NAME = re.compile(r"([0-9A-Za-z]{1,64})@(latest|[0-9]{1,10})")
 
@@ -46,6 +47,16 @@ class CheckpointName(NamedTuple):
 def find(repository: CheckpointRepository, step: int | None) -> CheckpointRef:
     """The current checkpoint at a step, or the newest; CheckpointNotFoundError."""
     return _find(repository.current(), repository.job_id, step)
+
+
+def choose(current: list[CheckpointRef], step: int | None) -> CheckpointRef | None:
+    """Of a job's current checkpoints, newest first, the one at a step, or the newest."""
+    return next((ref for ref in current if step is None or ref.step == step), None)
+
+
+def shown_steps(current: list[CheckpointRef]) -> str:
+    """The newest steps that there are, for a message."""
+    return ", ".join(str(ref.step) for ref in current[:SHOWN_STEPS]) or "none"
 
 
 def delete(repository: CheckpointRepository, step: int | None) -> None:
@@ -104,9 +115,11 @@ def _check_needed(repository: CheckpointRepository, ref: CheckpointRef) -> None:
 
 
 def _find(current: list[CheckpointRef], job_id: str, step: int | None) -> CheckpointRef:
-    for ref in current:
-        if step is None or ref.step == step:
-            return ref
-    there = ", ".join(str(ref.step) for ref in current[:10]) or "none"
-    wanted = LATEST if step is None else step
-    raise CheckpointNotFoundError(f"no checkpoint {job_id}@{wanted}; there are at steps: {there}")
+    ref = choose(current, step)
+    if ref is None:
+        wanted = LATEST if step is None else step
+        there = shown_steps(current)
+        raise CheckpointNotFoundError(
+            f"no checkpoint {job_id}@{wanted}; there are at steps: {there}"
+        )
+    return ref

@@ -85,12 +85,12 @@ class Storage:
         """
         job_id, _, step = name.rpartition("@")
         current = await self.current(job_id)
-        for ref in current:
-            if step == LATEST or ref.step == int(step):
-                return await self._call(self._repository(job_id).manifest, ref)
-        there = ", ".join(str(ref.step) for ref in current[:10]) or "none"
-        reason = f"no such checkpoint; job {job_id} has at steps: {there}"
-        raise SpecError([Violation("start.from", name, reason)])
+        ref = checkpoints.choose(current, None if step == LATEST else int(step))
+        if ref is None:
+            there = checkpoints.shown_steps(current)
+            reason = f"no such checkpoint; job {job_id} has at steps: {there}"
+            raise SpecError([Violation("start.from", name, reason)])
+        return await self._call(self._repository(job_id).manifest, ref)
 
     async def current(self, job_id: str) -> list[CheckpointRef]:
         """The checkpoints of a job that count, newest first."""

@@ -190,12 +190,11 @@ def _parts(
     cleanup.callback(batches.close)
     writer = None
     if world.is_first:
-        keep, origin = blueprint.spec.checkpoint, blueprint.document.start
+        keep = blueprint.spec.checkpoint
         writer = CheckpointWriter(
             repository,
             blueprint.provenance(start.attempt, validation),
             Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best),
-            frozenset({origin} if origin else ()),
             cache / "spool",
             reporter,
         )

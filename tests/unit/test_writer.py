@@ -36,7 +36,6 @@ class Bench:
             self.repository,
             Provenance(1, "0" * 64, None, {"data": "d"}, {"torch": "t"}),
             Retention(keep_last, 0, False),
-            frozenset(),
             self.scratch,
             self.reporter,
         )

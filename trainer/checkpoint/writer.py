@@ -58,14 +58,12 @@ class CheckpointWriter:
         repository: CheckpointRepository,
         provenance: Provenance,
         retention: Retention,
-        protected: frozenset[CheckpointRef],
         scratch: Path,
         reporter: Reporter,
     ) -> None:
         self._repository = repository
         self._provenance = provenance
         self._retention = retention
-        self._protected = protected
         self._scratch = scratch
         self._reporter = reporter
         self._changed = threading.Condition()
@@ -190,7 +188,7 @@ class CheckpointWriter:
 
     def _prune(self, newest: CheckpointRef) -> None:
         try:
-            prune(self._repository, self._retention, self._protected | {newest})
+            prune(self._repository, self._retention)
             if not self._swept:
                 sweep_orphans(self._repository, ORPHAN_GRACE_S, datetime.now(UTC))
                 self._swept = True
