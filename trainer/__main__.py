@@ -55,6 +55,7 @@ def main() -> int:
             host=f"{socket.gethostname()}:{os.getpid()}",
             threads=options.threads,
             reporter=PrintingReporter(lambda line: print(line, flush=True), stop),
+            on_stall=lambda result: print(f"{result.outcome}: {result.message}", flush=True),
         ),
         World(),
     )

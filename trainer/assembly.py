@@ -5,19 +5,20 @@ Pure construction: opens what it needs for reading, starts nothing, writes nothi
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from trainer.checkpoint.writer import Provenance
+from trainer.contract.devices import Device
 from trainer.contract.scaling import ParamGroup, param_groups
 from trainer.contract.schedule import InForce, Schedule
 from trainer.contract.shape import ModelShape
 from trainer.contract.spec import JobSpec
+from trainer.contract.speed import mfu_ratio
 from trainer.data.loader import Loader, Position
 from trainer.data.shards import ShardReader
 from trainer.data.tokenizer import Tokenizer
@@ -32,6 +33,8 @@ from trainer.storage.binding import DataBinding, read_bound_tokenizer
 from trainer.storage.documents import sha256_hex
 from trainer.storage.manifest import JobDocument
 from trainer.storage.object_store import open_store
+from trainer.storage.retention import Retention
+from trainer.versions import running_versions
 
 SAMPLE_PROMPT = "The "
 SAMPLE_TOKENS = 32
@@ -61,7 +64,8 @@ class Blueprint:
     @property
     def start_step(self) -> int:
         """The job's own start, whatever the attempt's."""
-        return self.document.start.step if self.document.start else 0
+        start = self.document.start or self.document.nanochat
+        return start.step if start else 0
 
     def schedule(self) -> Schedule:
         """The job's schedule, the same for every attempt."""
@@ -74,6 +78,8 @@ class Blueprint:
         model = GPT(self.shape, runtime.compute_dtype, runtime.embedding_dtype)
         model.init_weights(self.spec.start.init_seed)
         model.to(runtime.device)
+        if runtime.compile:
+            model.compile_loss()
         compute = runtime.compute_dtype
         return model, Optimizer(model, self.groups, compute, compile=runtime.compile)
 
@@ -93,6 +99,7 @@ class Blueprint:
             rank=world.rank,
             world_size=world.size,
             position=position,
+            passed=self.document.nanochat,
         )
 
     def validation(self, cache: Path) -> ValidationSet:
@@ -149,6 +156,16 @@ class Blueprint:
 
         return draw
 
+    def mfu(self, hardware: Device, world: World) -> Callable[[float], float | None]:
+        """The share of the peak of a step's seconds, where all ranks compute on one kind."""
+        alike = len(set(world.gather(hardware.name))) == 1
+        known = hardware if alike else None
+        return partial(mfu_ratio, self.spec, self.shape, known, world.size)
+
+    def retention(self) -> Retention:
+        """Which checkpoints to keep."""
+        return Retention.of(self.spec.checkpoint)
+
     def provenance(self, attempt: int, validation: ValidationSet) -> Provenance:
         """What every checkpoint of an attempt says of where it comes from."""
         return Provenance(
@@ -160,9 +177,5 @@ class Blueprint:
                 "tokenizer": self.binding.tokenizer.sha256,
                 "evaluation_set": validation.identity,
             },
-            versions={
-                "everstep": version("everstep"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            versions=running_versions(),
         )

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +23,44 @@ import torch
 
 from everstep.v1 import everstep_pb2 as pb
 from trainer.assembly import Blueprint
+from trainer.checkpoint.snapshot import Snapshots
+from trainer.checkpoint.spool import Spool, salvage, sweep
 from trainer.checkpoint.train_state import StateMisfitError, TrainState, restore
-from trainer.checkpoint.writer import CheckpointWriter
+from trainer.checkpoint.writer import NOTHING, CheckpointWriter
 from trainer.contract.credential import AttemptIdentity, attempt_credential
-from trainer.contract.outcome import AttemptResult, Outcome
+from trainer.contract.memory import fitted, smaller_batch
+from trainer.contract.outcome import EXIT_CODES, AttemptResult, Outcome
+from trainer.contract.spec import JobSpec
 from trainer.contract.violations import SpecError
 from trainer.data.loader import EmptyDataError, Prefetcher
 from trainer.data.shards import ShardFormatError
-from trainer.data.validation import ValidationSet
 from trainer.distributed import World
 from trainer.events import CheckpointPassedOver, Directive, Event, Point, Reporter, Warned
+from trainer.gpt import GPT
+from trainer.gpu import watch_gpus
 from trainer.logs import LoggingReporter, LogShipper
-from trainer.loop import Loop, Parts
+from trainer.loop import Loop, LoopEnd, Parts
+from trainer.optim import Optimizer
 from trainer.report import ServiceReporter
-from trainer.runtime import Runtime, prepare
-from trainer.start import Start, choose_start
+from trainer.runtime import look, prepare
+from trainer.start import Start, choose_start, download
 from trainer.storage.binding import DataChangedError
 from trainer.storage.documents import DocumentError
-from trainer.storage.object_store import NotFoundError, StoreError, open_store
+from trainer.storage.layout import MAX_STEP
+from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError, open_store
 from trainer.storage.repository import (
     CheckpointRepository,
     CorruptCheckpointError,
     StaleWriterError,
 )
-from trainer.storage.retention import Retention
+from trainer.storage.retry import patiently
+from trainer.watchdog import STALL_FLOOR_S, TICK_S, Stall, Watchdog
 
+START_BUDGET_S = 60.0  # of retries, while storage is away when an attempt begins
 FINAL_SAVE_S = 300.0  # the last checkpoint's upload, before it is given up
 FAILED_SAVE_S = 60.0
 MAX_MESSAGE = 2000
+FIRST_RANK_S = 30.0  # what the other ranks leave rank 0 to end an attempt that stands still
 log = logging.getLogger(__name__)
 
 
@@ -65,8 +79,17 @@ class AttemptContext:
     service_ca: str | None = None
     on_claim: Callable[[int], None] = lambda number: None
     reporter: Reporter | None = None
+    # Of an attempt that stands still: tells where a rank is and returns what all ranks have told;
+    # tells how the attempt ends, for nobody will return from it; ends this process.
+    stacks: Callable[[int, str], dict[int, str]] = lambda rank, text: {rank: text}
+    on_stall: Callable[[AttemptResult], None] = lambda result: None
+    end_process: Callable[[int], object] = os._exit
+    stall_floor_s: float = STALL_FLOOR_S
+    watch_tick_s: float = TICK_S
 
 
+# What torch says where there is no memory for a tensor of the CPU's; it has no class of its own.
+CPU_OUT_OF_MEMORY = "can't allocate memory"
 # Errors by what they mean for the job, first match; an error of no listed kind is our own.
 OUTCOMES: list[tuple[tuple[type[BaseException], ...], Outcome]] = [
     ((torch.OutOfMemoryError, MemoryError), Outcome.OUT_OF_MEMORY),
@@ -84,6 +107,7 @@ class _Progress:
 
     attempt = 0
     state: TrainState | None = None
+    spec: JobSpec | None = None  # with the device batch in force
 
     @property
     def step(self) -> int:
@@ -101,12 +125,40 @@ def run_attempt(context: AttemptContext, world: World) -> AttemptResult:
                 log.exception("the attempt failed")  # while its log is still being shipped
                 raise
     except Exception as error:
-        outcome = next(
-            (outcome for kinds, outcome in OUTCOMES if isinstance(error, kinds)),
-            Outcome.CODE_ERROR,
-        )
+        outcome = outcome_of(error)
         message = str(error) if outcome is not Outcome.CODE_ERROR else repr(error)
+        if outcome is Outcome.OUT_OF_MEMORY:
+            outcome, message = _out_of_memory(context, world, progress, message)
         return AttemptResult(progress.attempt, outcome, message[:MAX_MESSAGE], progress.step)
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """What an error means for the job."""
+    if isinstance(error, RuntimeError) and CPU_OUT_OF_MEMORY in str(error):
+        return Outcome.OUT_OF_MEMORY
+    found = (outcome for kinds, outcome in OUTCOMES if isinstance(error, kinds))
+    return next(found, Outcome.CODE_ERROR)
+
+
+def _out_of_memory(
+    context: AttemptContext, world: World, progress: _Progress, message: str
+) -> tuple[Outcome, str]:
+    """Note in the bucket what did not fit: no later attempt, on whichever host, goes back to it."""
+    if progress.spec is None:  # a smaller batch is no help, so the restart is paid from the budget
+        return Outcome.WORKER_LOST, f"out of memory before training began: {message}"
+    rows = progress.spec.batch.device_batch_size
+    smaller = smaller_batch(progress.spec, world.size)
+    if smaller is None:
+        return Outcome.OUT_OF_MEMORY_AT_ONE_ROW, f"not even one row fits: {message}"
+    repository = CheckpointRepository(open_store(context.storage_uri), context.job_id)
+    try:
+        patiently(lambda: repository.note_too_large(progress.attempt, rows), START_BUDGET_S)
+    except StoreError as error:
+        return Outcome.STORE_UNAVAILABLE, f"out of memory, which could not be noted: {error}"
+    return (
+        Outcome.OUT_OF_MEMORY,
+        f"device_batch_size {rows} does not fit, the next attempt takes {smaller}: {message}",
+    )
 
 
 def _run(
@@ -116,9 +168,17 @@ def _run(
     cache = Path(context.cache_dir)
     store = open_store(context.storage_uri)
     repository = CheckpointRepository(store, context.job_id)
-    blueprint = Blueprint.read(repository.document(), context.threads)
-    start = _start(context, world, repository, blueprint, cache)
+    # Reading may be repeated; so may salvage, and claiming: the number is then claimed anew.
+    blueprint = patiently(
+        lambda: Blueprint.read(repository.document(), context.threads), START_BUDGET_S
+    )
+    spool = Spool(cache / "spool", context.job_id)
+    copies = cache / "restore" / f"{context.job_id}-{context.host_number}"
+    start = _start(context, world, repository, blueprint, spool, copies)
     progress.attempt, progress.state = start.attempt, start.state
+    asked = blueprint.spec.batch.device_batch_size
+    blueprint = replace(blueprint, spec=fitted(blueprint.spec, world.size, start.too_large))
+    progress.spec = blueprint.spec
     shipper = LogShipper(store, context.job_id, start.attempt, world.rank)
     cleanup.callback(shipper.close)
     log.info("rank %d of %d, attempt %d at %s", world.rank, world.size, start.attempt, context.host)
@@ -127,86 +187,33 @@ def _run(
     runtime = prepare(
         blueprint.spec, blueprint.shape, blueprint.start_step, context.threads, world, cache
     )
-    for rejected in start.rejected:
-        reporter.event(CheckpointPassedOver(rejected.ref, rejected.reason))
-    if start.other_data:
-        message = "the data is not the parent's: training begins at its first row"
-        reporter.event(Warned(start.state.step, message))
+    hardware = look(runtime.device)  # before anything of ours takes its memory
     validation = blueprint.validation(cache)
-    parts = _parts(
-        blueprint, start, runtime, world, reporter, validation, repository, cache, cleanup
-    )
-    state = start.state
-    end = Loop(parts, state).run()
-    if parts.writer is None:
-        return AttemptResult(start.attempt, end.outcome, end.message, state.step)
-    outcome, message = _last_save(parts.writer, end.outcome, end.message)
-    if outcome is Outcome.NOT_FINITE:
-        message += f"; the last good checkpoint is {parts.writer.committed or start.ref or 'none'}"
-    committed = parts.writer.committed
-    saved = committed.step if committed else None
-    return AttemptResult(start.attempt, outcome, message, state.step, saved)
-
-
-def _start(
-    context: AttemptContext,
-    world: World,
-    repository: CheckpointRepository,
-    blueprint: Blueprint,
-    cache: Path,
-) -> Start:
-    """Rank 0 chooses and claims; the others learn it."""
-    chosen: Start | None = None
-    if world.is_first:
-        folder = cache / "restore" / f"{context.job_id}-{context.host_number}"
-        chosen = choose_start(repository, blueprint.document, folder, context.host)
-        context.on_claim(chosen.attempt)
-    start = world.share_object(chosen)
-    assert start is not None, "rank 0 has chosen"
-    return start
-
-
-def _parts(
-    blueprint: Blueprint,
-    start: Start,
-    runtime: Runtime,
-    world: World,
-    reporter: Reporter,
-    validation: ValidationSet,
-    repository: CheckpointRepository,
-    cache: Path,
-    cleanup: contextlib.ExitStack,
-) -> Parts:
-    """Everything the loop works with."""
+    _say_how_it_starts(reporter, start, blueprint.spec, asked, len(validation.rows))
     model, optimizer = blueprint.model(runtime)
-    if start.files:
-        restore(start.files, start.state, model, optimizer)
-    world.share(0)  # every rank has read the files
-    if world.is_first:
-        start.drop_files()
+    _load(start, store, copies, model, optimizer, world)
+    writer = CheckpointWriter(
+        repository,
+        blueprint.provenance(start.attempt, validation),
+        blueprint.retention(),
+        Snapshots(model, optimizer, world),
+        spool,
+        reporter,
+        world,
+    )
+    cleanup.callback(writer.close)
+    # An attempt that fails doesn't give up a checkpoint that is on its way.
+    cleanup.callback(writer.drain, FAILED_SAVE_S)
     reader = blueprint.shard_reader(cache)
     cleanup.callback(reader.close)
     batches = Prefetcher(blueprint.loader(reader, start.state.position, world))
     cleanup.callback(batches.close)
-    writer = None
-    if world.is_first:
-        keep = blueprint.spec.checkpoint
-        writer = CheckpointWriter(
-            repository,
-            blueprint.provenance(start.attempt, validation),
-            Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best),
-            cache / "spool",
-            reporter,
-        )
-        cleanup.callback(writer.close)
-        # An attempt that fails doesn't give up a checkpoint that is on its way.
-        cleanup.callback(writer.drain, FAILED_SAVE_S)
-    return Parts(
+    parts = Parts(
         spec=blueprint.spec,
         world=world,
         device=runtime.device,
         model=model,
-        forward=torch.compile(model, dynamic=False) if runtime.compile else model,
+        forward=model,
         optimizer=optimizer,
         schedule=blueprint.schedule(),
         batches=batches,
@@ -214,17 +221,137 @@ def _parts(
         writer=writer,
         evaluate=blueprint.evaluation(model, runtime, world, validation),
         sample=blueprint.sampler(model, runtime) if world.is_first else None,
+        gpus=watch_gpus(world, runtime.device, cleanup),
+        hardware=hardware,
+        mfu=blueprint.mfu(hardware, world),
+        watchdog=_watchdog(context, world, reporter, progress),
     )
+    outcome, message = _last_save(writer, world, Loop(parts, start.state).run())
+    if outcome is Outcome.NOT_FINITE:
+        message += f"; the last good checkpoint is {writer.committed or start.ref or 'none'}"
+    saved = writer.committed.step if writer.committed else None
+    return AttemptResult(start.attempt, outcome, message, start.state.step, saved)
 
 
-def _last_save(writer: CheckpointWriter, outcome: Outcome, message: str) -> tuple[Outcome, str]:
+def _say_how_it_starts(
+    reporter: Reporter, start: Start, spec: JobSpec, asked: int, validation_rows: int
+) -> None:
+    """What of the start is not as the spec would have it; asked: its device batch."""
+    for rejected in start.rejected:
+        reporter.event(CheckpointPassedOver(rejected.ref, rejected.reason))
+    if start.other_data:
+        message = "the data is not the parent's: training begins at its first row"
+        reporter.event(Warned(start.state.step, message))
+    if (rows := spec.batch.device_batch_size) != asked:
+        message = (
+            f"device_batch_size {rows} instead of {asked}, which ran out of memory; the step stays "
+            f"{spec.batch.total_batch_size} tokens, but its sums are added in another "
+            f"order: weights are no longer to the bit those of a run at {asked}"
+        )
+        reporter.event(Warned(start.state.step, message))
+    if validation_rows < spec.evaluate_rows:
+        message = (
+            f"evaluate.tokens asks for {spec.evaluate_rows} rows of {spec.model.max_seq_len} "
+            f"tokens, the validation shard has {validation_rows}: bits per byte is measured on them"
+        )
+        reporter.event(Warned(start.state.step, message))
+
+
+def _start(
+    context: AttemptContext,
+    world: World,
+    repository: CheckpointRepository,
+    blueprint: Blueprint,
+    spool: Spool,
+    copies: Path,
+) -> Start:
+    """Every box brings what it still has to the store; then rank 0 chooses and claims."""
+    if world.local_rank == 0:
+        patiently(lambda: salvage(spool, repository, commits=False), START_BUDGET_S)
+    world.share(0)  # all boxes are done
+
+    def choose() -> Start:
+        for ref in salvage(spool, repository, commits=True):
+            log.info("%s was on this box's disk only; it is committed now", ref)
+        start = choose_start(repository, blueprint.document, copies, context.host)
+        return replace(start, too_large=repository.too_large())
+
+    chosen: Start | None = None
+    if world.is_first:
+        chosen = patiently(choose, START_BUDGET_S)
+        context.on_claim(chosen.attempt)
+    start = world.share_object(chosen)
+    assert start is not None, "rank 0 has chosen"
+    if world.local_rank == 0:
+        spool.drop(MAX_STEP)  # of attempts that this one follows
+        sweep(Path(context.cache_dir) / "spool", context.job_id, time.time())
+    world.share(0)  # before anybody writes there
+    return start
+
+
+def _load(
+    start: Start, store: ObjectStore, copies: Path, model: GPT, optimizer: Optimizer, world: World
+) -> None:
+    """Load what the attempt starts from. A box's first rank fetches the parts, all read them."""
+    if start.manifest is None or start.ref is None:
+        return
+    if world.local_rank == 0 and not world.is_first:  # on the first box choosing has copied them
+        download(CheckpointRepository(store, start.ref.job_id), start.ref, start.manifest, copies)
+    world.share(0)  # the copies are there
+    restore([copies / part.name for part in start.manifest.parts], start.state, model, optimizer)
+    world.share(0)  # every rank has read them
+    if world.local_rank == 0:
+        shutil.rmtree(copies, ignore_errors=True)
+
+
+def _watchdog(
+    context: AttemptContext, world: World, reporter: Reporter, progress: _Progress
+) -> Watchdog:
+    late = partial(_stands_still, context, world, reporter, progress)
+    return Watchdog(late, context.stall_floor_s, context.watch_tick_s)
+
+
+def _stands_still(
+    context: AttemptContext, world: World, reporter: Reporter, progress: _Progress, stall: Stall
+) -> None:
+    """Say where every rank is; once sure, end this process, for its training thread never will."""
+    words = (
+        f"no step for {stall.silent_s:.0f} s, where one takes {stall.median_s:.2g} s; "
+        f"after step {progress.step} "
+    )
+    log.error("%sthis rank is at\n%s", words, stall.stack)
+    known = {world.rank: stall.stack}
+    with contextlib.suppress(
+        Exception
+    ):  # the host may be gone; the end of this process is told too
+        known |= context.stacks(world.rank, stall.stack)
+    if not stall.sure:
+        return
+    if not world.is_first:
+        time.sleep(FIRST_RANK_S)  # rank 0 speaks for all, if it can
+    for rank, stack in sorted(known.items()):
+        reporter.event(Warned(progress.step, f"{words}rank {rank} is at\n{stack[-MAX_MESSAGE:]}"))
+    reporter.close()
+    message = words + "every rank's place is in the events"
+    result = AttemptResult(progress.attempt, Outcome.STALLED, message, progress.step)
+    with contextlib.suppress(Exception):
+        context.on_stall(result)
+    context.end_process(EXIT_CODES[Outcome.STALLED])
+
+
+def _last_save(writer: CheckpointWriter, world: World, end: LoopEnd) -> tuple[Outcome, str]:
     """Wait for the last checkpoint: a job is not done before it is safe."""
+    outcome, message = end.outcome, end.message
     saved = writer.drain(FINAL_SAVE_S)
     if writer.stale:
         return Outcome.STALE_WRITER, "a newer attempt of this job is at work"
+    writer.forget(world.share(writer.committed.step if writer.committed else NOTHING))
     if saved:
         return outcome, message
-    message += f"; the last checkpoint could not be stored within {FINAL_SAVE_S:.0f} s"
+    message += (
+        f"; the last checkpoint could not be stored within {FINAL_SAVE_S:.0f} s and stays on this "
+        "box's disk, from where the next attempt here brings it to the store"
+    )
     return Outcome.STORE_UNAVAILABLE if outcome is Outcome.COMPLETED else outcome, message
 
 

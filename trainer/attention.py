@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.arithmetic import linear, operand
 from trainer.contract.shape import VE_GATE_CHANNELS, ModelShape
 
 ROPE_BASE = 100_000.0
@@ -32,7 +33,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], in the dtype of x."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -61,12 +62,14 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int
     Sliding windows go a block of `window` queries at a time: a block sees itself and the block to
     its left, so the work is 2 * window keys a query instead of T, and no T x T mask exists.
     """
+    dtype = q_BHTD.dtype
+    q_BHTD, k_BGTD, v_BGTD = operand(q_BHTD), operand(k_BGTD), operand(v_BGTD)
     grouped = q_BHTD.size(1) != k_BGTD.size(1)
     length = q_BHTD.size(2)
     if window >= length:
         return F.scaled_dot_product_attention(
             q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped
-        )
+        ).to(dtype)
     blocks = []
     for start in range(0, length, window):
         first, stop = max(start - window, 0), min(start + window, length)
@@ -82,7 +85,7 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int
                 enable_gqa=grouped,
             )
         )
-    return torch.cat(blocks, dim=2)
+    return torch.cat(blocks, dim=2).to(dtype)
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from trainer.contract.devices import Device
 from trainer.contract.schedule import GroupValues
 from trainer.storage.manifest import CheckpointRef
 
@@ -23,6 +24,20 @@ class Directive(Enum):
     GO_ON = 0
     CHECKPOINT = 1
     STOP = 2
+
+
+@dataclass(frozen=True)
+class GpuSample:
+    """What a GPU said at one moment; None where it doesn't give a figure."""
+
+    index: int  # on its node
+    name: str
+    memory_used_bytes: int  # by whatever process
+    memory_total_bytes: int
+    utilization_ratio: float | None
+    power_watts: float | None
+    temperature_celsius: float | None
+    energy_joules: float | None  # since the attempt's first sample
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Point:
     tokens: int
     tokens_per_s: float
     groups: Mapping[str, GroupValues]
+    devices: tuple[GpuSample, ...] = ()  # of rank 0's node; in one point about every 5 s
+    mfu_ratio: float | None = None  # None where the device's peak is unknown
 
 
 @dataclass(frozen=True)
@@ -46,16 +63,18 @@ class ValuesInForce:
 
     step: int
     groups: Mapping[str, GroupValues]
+    device: Device | None = None
 
 
 @dataclass(frozen=True)
 class CheckpointCommitted:
-    """A checkpoint that can be started from."""
+    """A checkpoint that can be started from; postponed_s: it was due, but two were unsaved yet."""
 
     ref: CheckpointRef
     size_bytes: int
     save_s: float
     stall_s: float
+    postponed_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from trainer.attention import Attention, Linear, norm, rotary_tables
 from trainer.contract.shape import ModelShape
 from trainer.contract.spec import SMEAR_GATE_CHANNELS
 from trainer.loss import mean_loss, soft_capped_logits, token_losses
+from trainer.tables import look_up
 
 WTE_STD, LM_HEAD_STD = 0.8, 0.001
 MLP_FC_SCALE = 0.4  # of the bound that the other matrices are drawn from
@@ -39,7 +40,7 @@ class Table(nn.Module):
 
     def forward(self, idx_BT: Tensor) -> Tensor:
         """[B, T] token ids -> [B, T, C]."""
-        return F.embedding(idx_BT, self.weight)
+        return look_up(self.weight, idx_BT)
 
 
 class Mlp(nn.Module):
@@ -124,41 +125,54 @@ class GPT(nn.Module):
             _draw(name, drawn, self.shape, generator)
             parameter.copy_(drawn)
 
+    def compile_loss(self) -> None:
+        """Compile what training runs; what stays outside is the tables (see look_up)."""
+        self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+
     def forward(self, idx_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean nats over the targets that are not -1, an fp32 scalar. T is at most sequence_len."""
-        x_BTC = self._final(idx_BT)
-        return mean_loss(
-            x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.shape.vocab_size
-        )
+        return self._loss(*self._looked_up(idx_BT), targets_BT)
 
     def logits(self, idx_BT: Tensor) -> Tensor:
         """Soft-capped logits, fp32 [B, T, V]."""
-        return soft_capped_logits(self._final(idx_BT), self.lm_head.weight, self.shape.vocab_size)
+        x_BTC = self._final(*self._looked_up(idx_BT))
+        return soft_capped_logits(x_BTC, self.lm_head.weight, self.shape.vocab_size)
 
     def token_losses(self, idx_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Nats of every target, fp32 [B, T]; 0 where it is -1. For use without gradients."""
-        x_BTC = self._final(idx_BT)
+        x_BTC = self._final(*self._looked_up(idx_BT))
         losses_N = token_losses(
             x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.shape.vocab_size
         )
         return losses_N.view_as(targets_BT)
 
-    def _final(self, idx_BT: Tensor) -> Tensor:
-        """Activations [B, T, C] that lm_head reads."""
-        length = idx_BT.size(1)
-        if length > self.shape.sequence_len:
+    def _looked_up(self, idx_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What all tables hold for the tokens, in their dtypes; value embeddings by layer."""
+        if idx_BT.size(1) > self.shape.sequence_len:
             raise ValueError(
-                f"{length} positions; this model takes at most {self.shape.sequence_len}"
+                f"{idx_BT.size(1)} positions; this model takes at most {self.shape.sequence_len}"
             )
+        values = {layer: table(idx_BT) for layer, table in self.value_embeds.items()}
+        return self.transformer.wte(idx_BT), values
+
+    def _loss(self, token_BTC: Tensor, values: dict[str, Tensor], targets_BT: Tensor) -> Tensor:
+        x_BTC = self._final(token_BTC, values)
+        return mean_loss(
+            x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.shape.vocab_size
+        )
+
+    def _final(self, token_BTC: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """Activations [B, T, C] that lm_head reads."""
+        length = token_BTC.size(1)
         cos, sin = self.cos[:, :length], self.sin[:, :length]  # type: ignore[index]
-        x_BTC = norm(self.transformer.wte(idx_BT).to(self.compute_dtype))
+        x_BTC = norm(token_BTC.to(self.compute_dtype))
         x_BTC = x0_BTC = self._smear(x_BTC)
         backout_BTC = x_BTC
         for i, block in enumerate(self.transformer.h):
             x_BTC = self.resid_lambdas[i] * x_BTC + self.x0_lambdas[i] * x0_BTC
-            embed_BTE = None
-            if i in self.shape.value_embed_layers:
-                embed_BTE = self.value_embeds[str(i)](idx_BT).to(self.compute_dtype)
+            embed_BTE = values.get(str(i))
+            if embed_BTE is not None:
+                embed_BTE = embed_BTE.to(self.compute_dtype)
             x_BTC = block(x_BTC, embed_BTE, cos, sin)
             if i == self.shape.n_layer // 2:
                 backout_BTC = x_BTC

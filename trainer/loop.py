@@ -9,21 +9,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.train_state import TrainState, snapshot
-from trainer.checkpoint.writer import CheckpointWriter
+from trainer.checkpoint.train_state import TrainState
+from trainer.checkpoint.writer import CheckpointWriter, Waits
+from trainer.contract.devices import Device
 from trainer.contract.outcome import Outcome
 from trainer.contract.schedule import GroupValues, Schedule
 from trainer.contract.spec import JobSpec
 from trainer.data.loader import StepBatch
 from trainer.distributed import World
-from trainer.events import Directive, Evaluated, Point, Reporter, Sampled, ValuesInForce
+from trainer.events import Directive, Evaluated, GpuSample, Point, Reporter, Sampled, ValuesInForce
 from trainer.optim import Optimizer, clip_grad_norm
+from trainer.watchdog import Watchdog
 
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
 APPLIED_TOLERANCE = 1e-9  # relative; values read back against the schedule's
@@ -38,7 +40,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a loop works with. forward: model's, compiled or not."""
+    """All that a loop works with. forward: the model's mean loss of inputs and targets."""
 
     spec: JobSpec
     world: World
@@ -49,9 +51,13 @@ class Parts:
     schedule: Schedule
     batches: Batches
     reporter: Reporter
-    writer: CheckpointWriter | None  # rank 0's
+    writer: CheckpointWriter
     evaluate: Callable[[], tuple[float, str]]  # bits per byte and the evaluation set; all ranks
     sample: Callable[[], str] | None  # rank 0's
+    gpus: Callable[[], tuple[GpuSample, ...]] = tuple  # new samples, or none
+    hardware: Device | None = None  # what this rank computes on
+    mfu: Callable[[float], float | None] = lambda step_s: None  # of a step that took so long
+    watchdog: Watchdog = field(default_factory=lambda: Watchdog(lambda stall: None))
 
 
 @dataclass(frozen=True)
@@ -71,29 +77,36 @@ class Loop:
         self._horizon = parts.spec.schedule.num_iterations
         self._saved_step = state.step  # what is already in a checkpoint, or need not be
         self._saved_at = time.monotonic()
+        self._due_since: float | None = None  # a checkpoint that found no room; on all ranks alike
 
     def run(self) -> LoopEnd:
         """Train until the horizon, a stop, or a failure that the end names."""
+        with self._parts.watchdog:
+            return self._run()
+
+    def _run(self) -> LoopEnd:
         first = True
         while self._state.step < self._horizon:
             if self._agree() is Directive.STOP:
-                self._checkpoint()
+                self._checkpoint(wait=True)
                 return LoopEnd(Outcome.STOPPED, f"stopped as asked after step {self._state.step}")
-            if self._parts.writer is not None and self._parts.writer.stale:
+            if self._parts.writer.stale:
                 return LoopEnd(Outcome.STALE_WRITER, "a newer attempt of this job is at work")
             end = self._step(first)
             if end is not None:
                 return end
             first = False
-            self._after_step()
-        self._checkpoint()
+            with self._parts.watchdog.elsewhere():
+                self._after_step()
+        self._checkpoint(wait=True)
         return LoopEnd(Outcome.COMPLETED, f"reached the horizon, step {self._horizon}")
 
     def _step(self, first: bool) -> LoopEnd | None:
         """One optimizer step; an end where it must not be applied."""
         parts, state = self._parts, self._state
         began = time.monotonic()
-        batch = parts.batches.next_step()
+        with parts.watchdog.elsewhere():  # a slow disk is no standstill of ours
+            batch = parts.batches.next_step()
         data_wait_s = time.monotonic() - began
         values = parts.schedule.at(state.step)
         parts.optimizer.apply(values)
@@ -129,8 +142,9 @@ class Loop:
         state.loss_smoothed = smoothed
         state.validation_bpb = None
         if first:
-            parts.reporter.event(ValuesInForce(state.step, read_back))
+            parts.reporter.event(ValuesInForce(state.step, read_back, parts.hardware))
         step_s = time.monotonic() - began
+        parts.watchdog.step(step_s - data_wait_s)
         parts.reporter.point(
             Point(
                 step=state.step,
@@ -142,6 +156,8 @@ class Loop:
                 tokens=state.tokens,
                 tokens_per_s=batch.tokens / step_s,
                 groups=values.groups,
+                mfu_ratio=parts.mfu(step_s),
+                devices=parts.gpus(),
             )
         )
         return None
@@ -170,18 +186,34 @@ class Loop:
             if limit_s and time.monotonic() - self._saved_at >= limit_s:
                 word = max(word, Directive.CHECKPOINT, key=lambda each: each.value)
         word = Directive(self._parts.world.share(word.value))
-        if word is Directive.CHECKPOINT:
+        if word is Directive.CHECKPOINT or self._due_since is not None:
             self._checkpoint()
         return word
 
-    def _checkpoint(self) -> None:
-        """Hand a snapshot to the writer, unless these weights are in a checkpoint already."""
+    def _checkpoint(self, wait: bool = False) -> None:
+        """Hand a snapshot to the writer, unless these weights are in a checkpoint already.
+
+        Where a rank has no room for one, all try again at the next step; wait: they wait for it.
+        """
         if self._state.step == self._saved_step:
             return
+        with self._parts.watchdog.elsewhere():
+            self._snapshot(wait)
+
+    def _snapshot(self, wait: bool) -> None:
+        writer, world = self._parts.writer, self._parts.world
         began = time.monotonic()
-        if self._parts.writer is not None:
-            taken = snapshot(self._parts.model, self._parts.optimizer, self._state)
-            self._parts.writer.save(taken, time.monotonic() - began)
+        due_since = self._due_since or began
+        if wait:
+            writer.wait_for_room()
+        room, well = world.all_true(writer.snapshots.room, writer.well)
+        self._due_since = None if room else due_since
+        if not room:
+            return
+        upcoming = world.share_object(writer.upcoming(well))
+        taken = writer.snapshots.take(self._state)
+        waits = Waits(time.monotonic() - began, began - due_since)
+        writer.save(taken, waits, upcoming)
         self._saved_step = self._state.step
         self._saved_at = time.monotonic()
 

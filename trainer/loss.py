@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.arithmetic import linear, operand
+from trainer.contract.memory import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
+
 SOFT_CAP = 15.0  # nanochat at commit 92d63d4
 # One chunk's fp32 logits. Smaller chunks save memory and suit a CPU's caches, but each adds a pass
 # over lm_head's gradient and needs rows enough to keep a GPU busy (assumption: never run on one).
-CPU_CHUNK_BYTES = 64 * 2**20
-GPU_CHUNK_BYTES = 256 * 2**20
 
 
 def soft_cap(logits: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def soft_cap(logits: Tensor) -> Tensor:
 
 def soft_capped_logits(x: Tensor, weight_PC: Tensor, vocab_size: int) -> Tensor:
     """Soft-capped fp32 logits [..., V] of final activations [..., C]."""
-    return soft_cap(F.linear(x, weight_PC.to(x.dtype))[..., :vocab_size].float())
+    return soft_cap(linear(x, weight_PC)[..., :vocab_size].float())
 
 
 def chunk_rows(positions: int, padded_vocab_size: int, chunk_bytes: int) -> int:
@@ -93,6 +94,19 @@ def _nats(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     return torch.where(targets_R >= 0, nats_R, 0.0)
 
 
+@torch.library.custom_op("everstep::add_product", mutates_args=("sum_OI",))
+def add_product(sum_OI: Tensor, left_ON: Tensor, right_NI: Tensor) -> None:
+    """Add a matrix product to sum_OI where it lies, in sum_OI's dtype.
+
+    An operation of its own because torch.compile turns every other way to say this into a product
+    or a sum beside the one that is there: another whole gradient of lm_head for each chunk.
+    """
+    if left_ON.dtype is sum_OI.dtype:
+        sum_OI.addmm_(left_ON, right_NI)
+    else:
+        sum_OI.add_(left_ON @ right_NI)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients of one chunk after another, so that logits need not be kept.
 
@@ -108,32 +122,32 @@ class _ChunkedLoss(torch.autograd.Function):
         vocab_size: int,
         chunk_bytes: int,
     ) -> Tensor:
-        cast_PC = weight_PC.to(x_NC.dtype)
+        dtype, cast_PC = x_NC.dtype, operand(weight_PC.to(x_NC.dtype))
         weigh = 1.0 / _count(targets_N).float()
         column_V = torch.arange(vocab_size, device=x_NC.device)
         rows = chunk_rows(x_NC.size(0), weight_PC.size(0), chunk_bytes)
         total: Tensor | None = None
-        grad_PC: Tensor | None = None
+        grad_PC = torch.zeros_like(weight_PC)
         grads_RC = []
         for x_RC, targets_R in _chunks(x_NC, targets_N, rows):
             target_R1, counts_R1 = targets_R.long()[:, None], (targets_R >= 0)[:, None]
-            tanh_RV = torch.tanh((x_RC @ cast_PC.mT)[:, :vocab_size].float() / SOFT_CAP)
+            wide_RC = operand(x_RC)
+            logits_RP = (wide_RC @ cast_PC.mT).to(dtype)
+            tanh_RV = torch.tanh(logits_RP[:, :vocab_size].float() / SOFT_CAP)
             exp_RV = (SOFT_CAP * tanh_RV).exp()
             sum_R1 = exp_RV.sum(-1, keepdim=True)
             hit_R1 = SOFT_CAP * tanh_RV.gather(-1, target_R1.clamp(min=0))
             part = torch.where(counts_R1, sum_R1.log() - hit_R1, 0.0).sum()
             onehot_RV = column_V == target_R1
             slope_RV = (exp_RV / sum_R1 - onehot_RV.float()) * (1.0 - tanh_RV * tanh_RV)
-            slope_RV = (slope_RV * torch.where(counts_R1, weigh, 0.0)).to(x_RC.dtype)
+            slope_RV = (slope_RV * torch.where(counts_R1, weigh, 0.0)).to(dtype)
             if vocab_size != weight_PC.size(0):
                 slope_RV = F.pad(slope_RV, (0, weight_PC.size(0) - vocab_size))
-            grads_RC.append(slope_RV @ cast_PC)
-            # Summed over chunks in the master weight's fp32, whatever the matmul's dtype.
-            part_PC = (slope_RV.mT @ x_RC).to(weight_PC.dtype)
-            grad_PC = part_PC if grad_PC is None else grad_PC + part_PC
+            slope_RV = operand(slope_RV)
+            grads_RC.append((slope_RV @ cast_PC).to(dtype))
+            add_product(grad_PC, slope_RV.mT, wide_RC)
             total = part if total is None else total + part
         assert total is not None, "split gives at least one chunk"
-        assert grad_PC is not None, "as total"
         grad_NC = grads_RC[0] if len(grads_RC) == 1 else torch.cat(grads_RC)
         ctx.save_for_backward(grad_NC, grad_PC)
         return total * weigh

@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from trainer.arithmetic import operand
+
 # Polar Express (arXiv 2505.16932): a round takes X to a X + b X X'X + c X X'X X'X.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -86,7 +88,7 @@ def muon_update(
 
 
 def orthogonalise(grad_KRC: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """An approximation of the nearest (semi-)orthogonal matrix, in compute_dtype."""
+    """An approximation of the nearest (semi-)orthogonal matrix, at compute_dtype's precision."""
     rows, cols = grad_KRC.shape[-2:]
     # Row equilibration (arXiv 2603.28254): every row gets the same norm, the matrix keeps its own.
     norm_KR1 = grad_KRC.square().sum(dim=-1, keepdim=True).sqrt()
@@ -94,7 +96,7 @@ def orthogonalise(grad_KRC: Tensor, compute_dtype: torch.dtype) -> Tensor:
     even_KR1 = (whole_K11 / math.sqrt(rows)) / norm_KR1.clamp(min=SMALLEST_NORM)
     # The equilibrated matrix's norm follows from its rows' norms: no further pass over it.
     bound_K11 = NORM_MARGIN * (norm_KR1 * even_KR1).square().sum(dim=-2, keepdim=True).sqrt()
-    x_KRC = (grad_KRC * (even_KR1 / (bound_K11 + SMALLEST_NORM))).to(compute_dtype)
+    x_KRC = operand((grad_KRC * (even_KR1 / (bound_K11 + SMALLEST_NORM))).to(compute_dtype))
     for a, b, c in POLAR_EXPRESS:
         if rows > cols:
             gram_KSS = x_KRC.mT @ x_KRC

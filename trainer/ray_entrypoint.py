@@ -14,19 +14,13 @@ import os
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainer.contract.outcome import (
-    RESTART_BUDGET,
-    RESTART_WINDOW_S,
-    AttemptResult,
-    Outcome,
-    Policy,
-)
+from trainer.contract.outcome import AttemptResult, Outcome, Policy, pause_before_restart
 
 ABORT_TIMEOUT_S = 4.0
-BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # before the first, second, ... restart in a row
+WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be about to end
 # Read when a worker loads torch. Threads that wait must not spin: beside other work on the same
 # cores a step takes three to five times as long otherwise (docs/log.md).
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -40,7 +34,10 @@ RAY_TRAIN_SETTINGS = {
 
 @dataclass(frozen=True)
 class HostConfig:
-    """All that a host is told. host_key: see trainer.contract.credential."""
+    """All that a host is told. host_key: see trainer.contract.credential.
+
+    earlier_ends: of attempts on hosts before this one, which the budget of restarts counts too.
+    """
 
     job_id: str
     host_number: int
@@ -52,6 +49,7 @@ class HostConfig:
     num_workers: int
     gpus_per_worker: int
     cpus_per_worker: int
+    earlier_ends: tuple[float, ...] = ()
 
 
 class AttemptHost:
@@ -64,7 +62,9 @@ class AttemptHost:
         self._results: list[AttemptResult] = []
         self._reported: AttemptResult | None = None
         self._claimed = 0
+        self._stacks: dict[int, str] = {}
         self._finished = False
+        self._budget_spent = False
         self._stop = threading.Event()
         self._controller: Any = None
         self._thread = threading.Thread(target=self._run, name="attempts", daemon=True)
@@ -75,6 +75,7 @@ class AttemptHost:
         with self._lock:
             return {
                 "finished": self._finished,
+                "budget_spent": self._budget_spent,
                 "results": [_plain(result) for result in self._results],
             }
 
@@ -97,6 +98,12 @@ class AttemptHost:
             if self._reported is None:
                 self._reported = AttemptResult.from_dict(result)
 
+    def stack(self, rank: int, text: str) -> dict[int, str]:
+        """Where a rank of an attempt that stands still is; what all of them said so far."""
+        with self._lock:
+            self._stacks[rank] = text
+            return dict(self._stacks)
+
     def controller_started(self, controller: Any) -> None:
         """Ray's controller of the run introduces itself, so that it can be aborted."""
         self._controller = controller
@@ -112,28 +119,29 @@ class AttemptHost:
 
     def _run(self) -> None:
         while True:
-            began = time.monotonic()
-            result = self._attempt()
+            result = replace(self._attempt(), ended_at=time.time())
             with self._lock:
                 self._results.append(result)
-                if not self._goes_on(result):
+                pause_s = self._pause(result)
+                if pause_s is None:
                     self._finished = True
                     return
-                in_a_row = len(self._results) - 1
-            if time.monotonic() - began > RESTART_WINDOW_S:
-                in_a_row = 0
-            self._stop.wait(BACKOFF_S[min(in_a_row, len(BACKOFF_S) - 1)])
+            self._stop.wait(pause_s)
 
-    def _goes_on(self, result: AttemptResult) -> bool:
-        return (
-            result.policy is Policy.RESTART
-            and not self._stop.is_set()
-            and len(self._results) <= RESTART_BUDGET
-        )
+    def _pause(self, result: AttemptResult) -> float | None:
+        """Seconds before the next attempt; None: there is none, for this host is done."""
+        if result.policy is not Policy.RESTART or self._stop.is_set():
+            return None
+        if not result.counts:
+            return 0.0
+        own = (each.ended_at for each in self._results if each.counts)
+        pause_s = pause_before_restart([*self._config.earlier_ends, *own])
+        self._budget_spent = pause_s is None
+        return pause_s
 
     def _attempt(self) -> AttemptResult:
         with self._lock:
-            self._reported, self._claimed = None, 0
+            self._reported, self._claimed, self._stacks = None, 0, {}
         failure: BaseException | None = None
         try:
             _fit(self._config)
@@ -271,6 +279,12 @@ def run_worker(arguments: dict[str, Any]) -> None:
             service_ca=config.service_ca,
             threads=config.cpus_per_worker,
             on_claim=lambda number: ray.get(host.attempt_claimed.remote(number)),
+            stacks=lambda rank, text: ray.get(
+                host.stack.remote(rank, text), timeout=WORD_TIMEOUT_S
+            ),
+            on_stall=lambda result: ray.get(
+                host.attempt_ended.remote(_plain(result)), timeout=WORD_TIMEOUT_S
+            ),
         ),
         world,
     )

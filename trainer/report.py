@@ -15,12 +15,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import asdict
 
 import grpc
 
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
+from trainer.contract.devices import Device
 from trainer.contract.schedule import GroupValues
 from trainer.events import (
     CheckpointCommitted,
@@ -53,9 +54,10 @@ DIRECTIVES = {
 class ServiceReporter:
     """A Reporter that tells the service. Never blocks but in close."""
 
-    def __init__(self, address: str, ca_file: str | None, credential: str, hello: pb.Hello) -> None:
+    def __init__(self, address: str, ca: str | None, credential: str, hello: pb.Hello) -> None:
+        """ca: the certificates that vouch for the service, PEM; None: plaintext."""
         self._address = address
-        self._ca_file = ca_file
+        self._ca = ca
         self._credential = credential
         self._hello = hello
         self._lock = threading.Lock()
@@ -84,9 +86,12 @@ class ServiceReporter:
         return found
 
     def close(self) -> None:
-        """Deliver what is left, but wait no longer than CLOSE_S for a service that is away."""
+        """Deliver what is left; a service that takes nothing for CLOSE_S is given up."""
         self._closing.set()
-        self._thread.join(CLOSE_S)
+        left = -1
+        while self._thread.is_alive() and left != len(self._waiting):
+            left = len(self._waiting)
+            self._thread.join(CLOSE_S)
         self._given_up.set()
 
     def _add(self, entry: pb.ReportEntry) -> None:
@@ -136,12 +141,10 @@ class ServiceReporter:
         return False
 
     def _channel(self) -> grpc.Channel:
-        if self._ca_file is None:
+        if self._ca is None:
             return grpc.insecure_channel(self._address, options=OPTIONS)
-        roots = Path(self._ca_file).read_bytes()
-        return grpc.secure_channel(
-            self._address, grpc.ssl_channel_credentials(roots), options=OPTIONS
-        )
+        trusted = grpc.ssl_channel_credentials(self._ca.encode())
+        return grpc.secure_channel(self._address, trusted, options=OPTIONS)
 
     def _talk(self, channel: grpc.Channel) -> None:
         """One stream, a request and its answer in turn, until closed and all is delivered."""
@@ -212,6 +215,12 @@ def point_line(point: Point) -> str:
     )
 
 
+def _device(device: Device) -> pb.DeviceInfo:
+    return pb.DeviceInfo(
+        name=device.name, memory_bytes=device.memory_bytes, free_bytes=device.free_bytes
+    )
+
+
 def point_to_proto(point: Point) -> pb.MetricPoint:
     """A point on the wire."""
     message = pb.MetricPoint(
@@ -223,7 +232,9 @@ def point_to_proto(point: Point) -> pb.MetricPoint:
         data_wait_s=point.data_wait_s,
         tokens=point.tokens,
         tokens_per_s=point.tokens_per_s,
+        mfu_ratio=point.mfu_ratio,
         groups=[_values(group, values) for group, values in point.groups.items()],
+        devices=[pb.DeviceSample(**asdict(sample)) for sample in point.devices],
     )
     message.time.FromNanoseconds(time.time_ns())
     return message
@@ -232,14 +243,15 @@ def point_to_proto(point: Point) -> pb.MetricPoint:
 def event_to_proto(event: Event) -> pb.Event:
     """An event on the wire."""
     match event:
-        case ValuesInForce(step, groups):
+        case ValuesInForce(step, groups, device):
             return pb.Event(
                 kind=pb.EVENT_KIND_VALUES_IN_FORCE,
                 message="read back from the optimizer at the attempt's first step",
                 step=step,
                 groups=[_values(group, values) for group, values in groups.items()],
+                device=_device(device) if device is not None else None,
             )
-        case CheckpointCommitted(ref, size_bytes, save_s, stall_s):
+        case CheckpointCommitted(ref, size_bytes, save_s, stall_s, postponed_s):
             return pb.Event(
                 kind=pb.EVENT_KIND_CHECKPOINT_COMMITTED,
                 message=f"checkpoint {ref} committed",
@@ -248,6 +260,7 @@ def event_to_proto(event: Event) -> pb.Event:
                 checkpoint_bytes=size_bytes,
                 checkpoint_s=save_s,
                 checkpoint_stall_s=stall_s,
+                checkpoint_postponed_s=postponed_s,
             )
         case CheckpointPassedOver(ref, reason):
             return pb.Event(

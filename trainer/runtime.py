@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 
+from trainer.contract.devices import Device, find_device
+from trainer.contract.memory import compiles
 from trainer.contract.shape import ModelShape
-from trainer.contract.spec import Compile, Compute, Embeddings, JobSpec
+from trainer.contract.spec import Compute, Embeddings, JobSpec
 from trainer.distributed import World
 
-# On CPU compiling costs a minute or two of both cores and saves about a quarter of each step, at
-# some 1e11 FLOP/s (assumption): it pays from here on.
-CPU_COMPILE_PAYS_FLOPS = 5e13
+MEMORY = Path("/proc/meminfo")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of this container's own, under cgroup v2
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ def prepare(
     if spec.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    # What a pointwise kernel can make again from what is kept anyway isn't kept for the backward
+    # pass: a third less is alive at its start, and steps take no longer (docs/log.md).
+    functorch = torch._functorch.config
+    functorch.ban_recompute_used_far_apart = False
+    functorch.ban_recompute_long_fusible_chains = False
+    functorch.ban_recompute_materialized_backward = False
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(spec.deterministic)
     # Filling every fresh tensor costs time and hides nothing here: no kernel reads what it
@@ -61,14 +69,23 @@ def prepare(
     low = spec.precision.compute is Compute.BF16
     compute = torch.bfloat16 if low else torch.float32
     tables = compute if spec.precision.embeddings is Embeddings.COMPUTE else torch.float32
-    return Runtime(device, compute, tables, _compiles(spec, shape, start_step, device))
+    return Runtime(
+        device, compute, tables, compiles(spec, shape, start_step, gpu=device.type == "cuda")
+    )
 
 
-def _compiles(spec: JobSpec, shape: ModelShape, start_step: int, device: torch.device) -> bool:
-    if spec.compile is not Compile.AUTO:
-        return spec.compile is Compile.ON
+def look(device: torch.device) -> Device:
+    """What is known of a device, and what of its memory is free now.
+
+    On a CPU: the machine's memory, or less where this container may not have all of it.
+    """
     if device.type == "cuda":
-        return True
-    steps = spec.schedule.num_iterations - start_step
-    flops = steps * spec.batch.total_batch_size * shape.flops_per_token
-    return flops >= CPU_COMPILE_PAYS_FLOPS
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        card = torch.cuda.get_device_properties(device)
+        return find_device(card.name, card.total_memory, free_bytes)
+    lines = (line.split() for line in MEMORY.read_text().splitlines())
+    found = {words[0]: int(words[1]) * 1024 for words in lines}
+    limit = found["MemTotal:"]
+    if CONTAINER_LIMIT.exists() and (text := CONTAINER_LIMIT.read_text().strip()) != "max":
+        limit = min(limit, int(text))
+    return Device("cpu", memory_bytes=limit, free_bytes=min(found["MemAvailable:"], limit))

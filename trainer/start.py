@@ -7,31 +7,38 @@ is passed over to an older one, and said.
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from trainer.checkpoint.train_state import TrainState
+from trainer.checkpoint.nanochat import read_nanochat, write_tensors
+from trainer.checkpoint.train_state import StateMisfitError, TrainState
 from trainer.contract.spec import JobSpec
-from trainer.data.loader import START
-from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
+from trainer.data.loader import START, Position
+from trainer.storage.documents import sha256_hex
+from trainer.storage.layout import part_name
+from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest, Part
+from trainer.storage.nanochat_files import NanochatCheckpointError, NanochatFileCorruptError
+from trainer.storage.object_store import NotFoundError, open_store
 from trainer.storage.repository import CheckpointRepository, Loaded, Rejected
+from trainer.versions import running_versions
+
+DOWNLOADS = 4  # parts at once
 
 
 @dataclass(frozen=True)
 class Start:
-    """Verified files of a checkpoint and the state beside them, or a fresh state and no files."""
+    """A checkpoint that was read back whole, or a fresh state and no manifest."""
 
     attempt: int
     ref: CheckpointRef | None
     state: TrainState
-    files: tuple[Path, ...]
+    manifest: Manifest | None
     rejected: tuple[Rejected, ...]
+    too_large: int | None = None  # rows a micro-step that an attempt ran out of memory with
     other_data: bool = False  # a continuation whose data is not the parent's: from its first row
-
-    def drop_files(self) -> None:
-        """Delete the local copies once they are loaded."""
-        if self.files:
-            shutil.rmtree(self.files[0].parent, ignore_errors=True)
 
 
 def choose_start(
@@ -40,7 +47,7 @@ def choose_start(
     """Take the newest loadable checkpoint of the job, else its parent's, else nothing; claim it.
 
     Args:
-        folder: for the copies; whatever lies there is deleted.
+        folder: for the verified copies; whatever lies there is deleted.
         host: who claims.
 
     Raises:
@@ -56,11 +63,13 @@ def choose_start(
     found = repository.newest_loadable(load)
     if isinstance(found, Loaded):
         state = TrainState.from_dict(found.manifest.state)
-        start = Start(0, found.ref, state, found.value, found.rejected)
+        start = Start(0, found.ref, state, found.manifest, found.rejected)
     elif document.start is not None:
         start = replace(_from_parent(repository, document, folder), rejected=found.rejected)
+    elif document.nanochat is not None:
+        return import_nanochat(repository, document, folder, host)
     else:
-        start = Start(0, None, TrainState(), (), found.rejected)
+        start = Start(0, None, TrainState(), None, found.rejected)
     return replace(start, attempt=repository.claim(start.ref, host).attempt)
 
 
@@ -70,8 +79,9 @@ def download(
     """Copy a checkpoint's parts here, each verified as it is read; CorruptCheckpointError."""
     folder.mkdir(parents=True, exist_ok=True)
     files = tuple(folder / part.name for part in manifest.parts)
-    for part, path in zip(manifest.parts, files, strict=True):
-        repository.read_part(ref, part, path)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        for _ in pool.map(partial(repository.read_part, ref), manifest.parts, files):
+            pass
     return files
 
 
@@ -82,7 +92,7 @@ def _from_parent(repository: CheckpointRepository, document: JobDocument, folder
     assert binding is not None
     theirs = CheckpointRepository(repository.store, ref.job_id)
     manifest = theirs.manifest(ref)
-    files = download(theirs, ref, manifest, folder)
+    download(theirs, ref, manifest, folder)
     same_rows = (
         manifest.identity.get("data") == binding.data_sha256
         and manifest.identity.get("tokenizer") == binding.tokenizer.sha256
@@ -92,7 +102,56 @@ def _from_parent(repository: CheckpointRepository, document: JobDocument, folder
     state.tokens = 0  # counted from the job's own start
     if not same_rows:
         state.position = START
-    return Start(0, ref, state, files, (), other_data=not same_rows)
+    return Start(0, ref, state, manifest, (), other_data=not same_rows)
+
+
+def import_nanochat(
+    repository: CheckpointRepository, document: JobDocument, folder: Path, host: str
+) -> Start:
+    """Make nanochat's checkpoint the job's own first one, and start from that.
+
+    Raises:
+        StateMisfitError: a file is missing, torn, or not what it was at submission.
+    """
+    source, binding = document.nanochat, document.binding
+    assert source is not None
+    assert binding is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    store = open_store(source.uri)
+    try:
+        for file in source.files:
+            info = store.head(file.name)
+            if info is None or info.size_bytes != file.size_bytes:
+                found = "is gone" if info is None else f"has {info.size_bytes} bytes now"
+                raise NanochatFileCorruptError(f"{file.name} {found}")
+            store.get_file(file.name, folder / file.name)
+        read = read_nanochat(folder, source.step)
+    except (NanochatCheckpointError, NotFoundError) as error:
+        raise StateMisfitError(f"{source.name}: {error}") from error
+    attempt = repository.claim(None, host).attempt
+    ref = CheckpointRef(job_id=document.job_id, step=source.step, attempt=attempt)
+    state = TrainState(
+        step=source.step,
+        position=Position(epoch=source.epoch),
+        in_force=read.in_force,
+        counters=read.counters,
+    )
+    name = part_name(0)
+    part = Part.of_file(folder / name, name, write_tensors(read, folder / name))
+    repository.upload_part(ref, part, folder / name)
+    manifest = Manifest(
+        job_id=ref.job_id,
+        step=ref.step,
+        attempt=attempt,
+        parts=(part,),
+        state={**state.to_dict(), "initial_lr": read.initial_lr},
+        spec_sha256=sha256_hex(document.encode()),
+        identity={"data": binding.data_sha256, "tokenizer": binding.tokenizer.sha256},
+        versions={**running_versions(), "imported_from": source.name},
+        created_at=datetime.now(UTC),
+    )
+    repository.commit(manifest)
+    return Start(attempt, ref, state, manifest, ())
 
 
 def _order(document: JobDocument) -> tuple[int, int]:

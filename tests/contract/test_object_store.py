@@ -1,4 +1,4 @@
-"""The contract of every object store: memory, local folder, SeaweedFS."""
+"""The contract of every object store: memory, local folder, and three S3 servers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.conftest import SUITABLE
 from tests.fakes.memory_store import MemoryObjectStore
-from tests.servers import SeaweedFS, free_ports
+from tests.servers import S3Server, free_ports
 from trainer.storage.object_store import (
     AlreadyExistsError,
     LocalObjectStore,
@@ -31,16 +32,7 @@ from trainer.storage.s3 import PART_BYTES
 BAD_KEYS = ["", "/a", "a/", "a//b", "../a", "a/../../b", "a/.", ".incoming/a", "a\nb", "a\\b"]
 
 
-@pytest.fixture(params=["memory", "local", "seaweedfs"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    match request.param:
-        case "memory":
-            return MemoryObjectStore()
-        case "local":
-            return open_store(f"file:{tmp_path}/bucket/prefix")
-        case _:
-            server: SeaweedFS = request.getfixturevalue("s3_environment")
-            return open_store(f"s3://{server.bucket}/test/{secrets.token_hex(6)}")
+needs_conditional_puts = pytest.mark.parametrize("any_store", SUITABLE, indirect=True)
 
 
 def keys(store: ObjectStore, prefix: str) -> list[str]:
@@ -76,6 +68,7 @@ def test_a_range_is_a_slice(store: ObjectStore, start: int | None, end: int | No
     assert store.get("digits", start, end) == content[start:end]
 
 
+@needs_conditional_puts
 def test_a_conditional_put_never_replaces(store: ObjectStore) -> None:
     store.put("once", b"first", if_none_match=True)
     with pytest.raises(AlreadyExistsError):
@@ -83,6 +76,7 @@ def test_a_conditional_put_never_replaces(store: ObjectStore) -> None:
     assert store.get("once") == b"first"
 
 
+@needs_conditional_puts
 def test_a_race_of_conditional_puts_has_one_winner(store: ObjectStore) -> None:
     barrier = threading.Barrier(8)
 
@@ -100,6 +94,7 @@ def test_a_race_of_conditional_puts_has_one_winner(store: ObjectStore) -> None:
     assert store.get("race") == str(won.index(True)).encode()
 
 
+@needs_conditional_puts  # and rclone can't delete by the name of a folder
 def test_what_is_absent_is_not_found(store: ObjectStore, tmp_path: Path) -> None:
     store.put("folder/object", b"x")
     for key in ("nothing", "folder", "folder/object/below"):
@@ -125,6 +120,7 @@ def test_a_listing_is_by_prefix(store: ObjectStore) -> None:
     assert keys(store, "nothing/here") == []
 
 
+@pytest.mark.parametrize("any_store", ["memory", "local", "seaweedfs"], indirect=True)
 def test_a_listing_of_many_pages_is_whole(store: ObjectStore) -> None:
     # More than S3's page of 1000, in names and folders whose orders differ.
     names = [f"{group}{number}" for group in ("a/", "a-", "a/b/") for number in range(350)]
@@ -163,9 +159,17 @@ def test_a_key_that_leaves_its_root_is_refused(store: ObjectStore, key: str) -> 
             call(key)
 
 
+@needs_conditional_puts
 def test_the_probe_passes_and_leaves_nothing(store: ObjectStore) -> None:
     probe(store)
     assert keys(store, "") == []
+
+
+@pytest.mark.parametrize("any_store", ["rclone"], indirect=True)
+def test_the_probe_refuses_a_server_without_conditional_puts(any_store: ObjectStore) -> None:
+    with pytest.raises(StoreUnsuitableError, match=r"conditional write \(PUT if-none-match\)"):
+        probe(any_store)
+    assert keys(any_store, "") == []
 
 
 class ForgetfulStore(MemoryObjectStore):
@@ -211,7 +215,7 @@ def test_an_unreachable_store_answers_in_seconds(monkeypatch: pytest.MonkeyPatch
 
 
 def test_wrong_keys_and_a_missing_bucket_are_refused_without_showing_keys(
-    s3_environment: SeaweedFS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"x")
     missing = open_store("s3://no-such-bucket/prefix")

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.contract.conftest import SUITABLE
 from tests.fakes.checkpoints import JOB, ref_to, save, upload
-from tests.fakes.memory_store import MemoryObjectStore
-from tests.servers import SeaweedFS
 from trainer.storage import layout
-from trainer.storage.object_store import ObjectStore, open_store
+from trainer.storage.object_store import ObjectStore
 from trainer.storage.repository import CheckpointRepository, StaleWriterError
 from trainer.storage.retention import Retention, prune
 
 RIVALS = 6
 
 
-@pytest.fixture(params=["memory", "local", "seaweedfs"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    match request.param:
-        case "memory":
-            return MemoryObjectStore()
-        case "local":
-            return open_store(f"file:{tmp_path}/bucket")
-        case _:
-            server: SeaweedFS = request.getfixturevalue("s3_environment")
-            return open_store(f"s3://{server.bucket}/{secrets.token_hex(6)}")
+pytestmark = pytest.mark.parametrize("any_store", SUITABLE, indirect=True)
 
 
 def test_racing_attempts_get_numbers_of_their_own(store: ObjectStore) -> None:

@@ -89,7 +89,7 @@ class Bucket:
     def part_file(self, job_id: str, ref: CheckpointRef) -> Path:
         """Where the first part of a checkpoint lies."""
         folder = f"jobs/{job_id}/checkpoints/{ref.step:010d}/{ref.attempt}"
-        return self.folder / "bucket" / folder / "part-00000.safetensors"
+        return self.folder / "bucket" / folder / "part-00000-00000.safetensors"
 
 
 @contextmanager

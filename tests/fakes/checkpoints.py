@@ -5,12 +5,24 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+from torch import Tensor
+
 from trainer.storage.layout import part_name
 from trainer.storage.manifest import CheckpointRef, Manifest, Part
 from trainer.storage.repository import CheckpointRepository
 
 JOB = "JOB"
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+class StillOptimizer:
+    """What a snapshot asks of an optimizer, without any state."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def counters(self) -> dict[str, int]:
+        return {}
 
 
 def ref_to(step: int, attempt: int = 1, job_id: str = JOB) -> CheckpointRef:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from trainer.events import Directive, Event, Point
+from trainer.events import CheckpointCommitted, Directive, Event, Point
 
 E = TypeVar("E", bound=Event)
 WAIT_S = 20.0
@@ -53,3 +53,16 @@ class RecordingReporter:
         """Wait until what was heard makes it true."""
         with self._heard:
             assert self._heard.wait_for(reached, WAIT_S), "not heard in time"
+
+
+class PacingReporter(RecordingReporter):
+    """For jobs that save at every step: training waits until the step before is stored.
+
+    A snapshot that waits for a slow store gives way to a newer one, as it should; a test that reads
+    the checkpoint of every step can't have that.
+    """
+
+    def point(self, point: Point) -> None:
+        super().point(point)
+        before = {each.step for each in self.points[:-1]}
+        self.wait_for(lambda: before <= {each.ref.step for each in self.of(CheckpointCommitted)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes.checkpoints import MOMENT, ref_to
@@ -16,7 +16,6 @@ attempts = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(attempts)
 def test_current_is_the_line_of_the_latest_attempt(
     history: list[tuple[int, int, bool]],

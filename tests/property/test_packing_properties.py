@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.packing import pack
@@ -35,7 +35,6 @@ def cut(document: list[int], width: int) -> list[list[int]]:
     return pieces
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 20))
 def test_packing_is_the_rule(lengths: list[int], T: int) -> None:
     documents = [[1000 * index + at for at in range(n)] for index, n in enumerate(lengths)]

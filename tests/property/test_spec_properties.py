@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.specs import spec_dict_from_proto, spec_to_proto
@@ -24,6 +24,7 @@ def spec_dicts(draw: st.DrawFn) -> dict[str, Any]:
         "optimizer": {name: draw(rates) for name in names} | {"grad_clip_norm": 1.5},
         "compile": draw(st.sampled_from([*Compile, *(f"COMPILE_{c.upper()}" for c in Compile)])),
         "priority": draw(st.integers(-1000, 1000)),
+        "preemptible": draw(st.booleans()),
         "deterministic": draw(st.booleans()),
         "precision": {
             "compute": draw(st.sampled_from(Compute)).value,
@@ -60,7 +61,6 @@ garbage = st.dictionaries(
 
 
 @given(spec_dicts())
-@settings(deadline=None)
 def test_a_spec_survives_its_plain_form_and_the_wire(data: dict[str, Any]) -> None:
     spec = JobSpec.parse(data)
     assert JobSpec.parse(spec.to_dict()) == spec
@@ -69,7 +69,6 @@ def test_a_spec_survives_its_plain_form_and_the_wire(data: dict[str, Any]) -> No
 
 
 @given(garbage)
-@settings(deadline=None)
 def test_garbage_is_a_spec_or_a_spec_error_with_violations(data: dict[str, Any]) -> None:
     try:
         spec = JobSpec.parse(data)

@@ -55,7 +55,7 @@ def global_rows(
     return seen, position
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     layout=shards,
     seed=st.integers(0, 3),

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.fakes.attempts import Bucket, differing, process_settings_kept, ref_of, small_corpus
-from tests.fakes.reporter import RecordingReporter
+from tests.fakes.reporter import PacingReporter, RecordingReporter
 from trainer.contract.outcome import AttemptResult, Outcome
 from trainer.distributed import World
 from trainer.events import (
     CheckpointCommitted,
+    Directive,
     Evaluated,
     ValuesInForce,
     Warned,
@@ -121,6 +124,11 @@ def test_the_first_step_tells_the_values_in_force_and_each_commit_is_told(bucket
     (values,) = told.of(ValuesInForce)
     assert values.step == 1
     assert values.groups == told.points[0].groups
+    assert values.device is not None
+    assert values.device.name == "cpu"
+    assert values.device.memory_bytes is not None
+    assert 0 < (values.device.free_bytes or 0) <= values.device.memory_bytes
+    assert {point.mfu_ratio for point in told.points} == {None}, "a CPU's peak is not known"
     committed = [event.ref.step for event in told.of(CheckpointCommitted)]
     assert committed[-1] == HORIZON
     assert set(committed) <= {4, 8, 12}
@@ -141,6 +149,37 @@ def test_a_continuation_with_nothing_changed_is_the_run_itself(bucket: Bucket) -
     assert differing(weights, bucket.checkpoint("PARENT", HORIZON)[1]) == []
     assert manifest.parent == ref_of(bucket, "PARENT", 4)
     assert manifest.state["tokens"] == 8 * 256  # its own
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_job_cancelled_at_any_step_and_continued_ends_as_the_undisturbed_one(
+    bucket: Bucket, precision: str
+) -> None:
+    """To cancel is to stop for good; the same spec then goes on as a job of its own."""
+    sections: dict[str, Any] = {
+        "data": small_corpus(bucket.folder / "data"),
+        "precision": {"compute": precision},
+        "schedule": {"num_iterations": HORIZON, "warmup_steps": 3, "warmdown_ratio": 0.5},
+    }
+    bucket.add("WHOLE", **sections)
+    _, told = bucket.run("WHOLE")
+    whole, weights = bucket.checkpoint("WHOLE", HORIZON)
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # shown where the test fails
+    cancelled_at = random.Random(seed).randint(1, HORIZON - 1)
+    bucket.add("CANCELLED", **sections)
+    stopped, before = bucket.run("CANCELLED", stop_at=cancelled_at)
+    assert (stopped.outcome, stopped.checkpoint_step) == (Outcome.STOPPED, cancelled_at)
+    bucket.add("CONTINUED", start=ref_of(bucket, "CANCELLED", cancelled_at), **sections)
+    result, after = bucket.run("CONTINUED")
+    assert (result.outcome, result.attempt) == (Outcome.COMPLETED, 1)
+    assert [point.loss for point in before.points + after.points] == [
+        point.loss for point in told.points
+    ]
+    manifest, continued = bucket.checkpoint("CONTINUED", HORIZON)
+    assert differing(weights, continued) == []
+    for field in ("position", "in_force", "counters", "loss_smoothed"):
+        assert manifest.state[field] == whole.state[field], field
 
 
 def test_a_continuation_trains_with_its_own_rates_decay_and_horizon(bucket: Bucket) -> None:
@@ -216,26 +255,35 @@ def test_a_continuation_that_is_resumed_keeps_its_schedule(bucket: Bucket) -> No
     )
 
 
-def one_rank(folder: str, rank: int) -> tuple[AttemptResult, RecordingReporter]:
+def pacing(stop_at: int | None = None) -> PacingReporter:
+    return PacingReporter({} if stop_at is None else {stop_at: Directive.STOP})
+
+
+def one_rank(
+    folder: str, rank: int, stop_at: int | None = None
+) -> tuple[AttemptResult, RecordingReporter]:
     """A rank of two."""
     meet = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     try:
-        return Bucket(Path(folder)).run("TWO", world=World(rank, 2, rank))
+        world = World(rank, 2, rank)
+        reporter = pacing(stop_at) if world.is_first else None
+        return Bucket(Path(folder)).run("RESIZED", stop_at, world, reporter)
     finally:
         dist.destroy_process_group()
 
 
-def test_two_workers_take_the_steps_that_one_takes(
+def test_one_then_two_then_one_worker_train_what_one_does(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections = {
-        "resources": {"workers": {"min": 2, "max": 2}},
-        "schedule": {"num_iterations": 2},
+        "data": small_corpus(bucket.folder / "data"),
+        "schedule": {"num_iterations": 6},
         "checkpoint": {"every_steps": 1},
     }
-    for job_id in ("ONE", "TWO"):
+    for job_id in ("ONE", "RESIZED"):
         bucket.add(job_id, **sections)
+    _, alone = bucket.run("ONE", reporter=pacing())
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
     other = subprocess.Popen(
@@ -244,18 +292,30 @@ def test_two_workers_take_the_steps_that_one_takes(
         env=environment,
     )
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    _, alone = bucket.run("ONE")
-    result, told = one_rank(str(bucket.folder), 0)
+    told = [bucket.run("RESIZED", reporter=pacing(stop_at=2))]
+    told.append(one_rank(str(bucket.folder), 0, stop_at=4))
     assert other.wait(timeout=120) == 0
-    assert result.outcome is Outcome.COMPLETED
-    for point, own in zip(told.points, alone.points, strict=True):
+    told.append(bucket.run("RESIZED", reporter=pacing()))
+    assert [result.step for result, _ in told] == [2, 4, 6]
+    points = [point for _, reporter in told for point in reporter.points]
+    for point, own in zip(points, alone.points, strict=True):
         assert (point.step, point.tokens) == (own.step, own.tokens)
         assert point.loss == pytest.approx(own.loss, rel=1e-6)
-    (one, weights), (two, shared) = (bucket.checkpoint(job, 1) for job in ("ONE", "TWO"))
-    assert one.state["position"] == two.state["position"]
+    for step in range(1, 7):  # the same tokens in the same order
+        positions = [
+            bucket.checkpoint(job, step)[0].state["position"] for job in ("ONE", "RESIZED")
+        ]
+        assert positions[0] == positions[1]
+    # Both jobs have the very same state at step 2: one step of two workers is one of one.
+    assert differing(bucket.checkpoint("ONE", 2)[1], bucket.checkpoint("RESIZED", 2)[1]) == []
+    (_, weights), (two, shared) = (bucket.checkpoint(job, 3) for job in ("ONE", "RESIZED"))
     for name, tensor in weights.items():
         torch.testing.assert_close(shared[name], tensor, rtol=1e-6, atol=1e-6)
+    written = [(part.name[:10], part.size_bytes) for part in two.parts]
+    assert [rank for rank, _ in written] == ["part-00000", "part-00001"]
+    assert written[1][1] > written[0][1] / 2, "each wrote about half"
+    assert list((bucket.folder / "cache" / "spool").iterdir()) == []
 
 
 if __name__ == "__main__":
-    sys.exit(one_rank(sys.argv[1], 1)[0].outcome is not Outcome.COMPLETED)
+    sys.exit(one_rank(sys.argv[1], 1)[0].outcome is not Outcome.STOPPED)

@@ -23,7 +23,7 @@ from tests.fakes.attempts import (
 from tests.fakes.corpus import write_corpus
 from tests.fakes.reporter import RecordingReporter
 from trainer.contract.outcome import Outcome
-from trainer.events import CheckpointCommitted, CheckpointPassedOver
+from trainer.events import CheckpointCommitted, CheckpointPassedOver, Evaluated, Warned
 from trainer.storage.manifest import CheckpointRef, Part
 
 HORIZON = 12
@@ -77,15 +77,19 @@ def doctored(bucket: Bucket, job_id: str, step: int, change: Any) -> None:
     repository.commit(manifest.model_copy(update={"attempt": attempt, "parts": (part,)}))
 
 
-def test_a_loss_that_is_not_finite_ends_the_attempt_without_an_update(bucket: Bucket) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_attempt_without_an_update(
+    bucket: Bucket, value: float
+) -> None:
     bucket.add("JOB")
     bucket.run("JOB", stop_at=4)
-    poison = lambda tensors: {**tensors, "model.smear_lambda": torch.full((1,), math.nan)}  # noqa: E731
+    poison = lambda tensors: {**tensors, "model.smear_lambda": torch.full((1,), value)}  # noqa: E731
     doctored(bucket, "JOB", 4, poison)
     before = bucket.repository("JOB").current()
     result, told = bucket.run("JOB")
     assert (result.outcome, result.step) == (Outcome.NOT_FINITE, 4)
-    assert result.message.startswith("step 5: loss nan")
+    assert result.message.startswith("step 5: loss ")
+    assert "no update was applied" in result.message
     assert result.message.endswith("the last good checkpoint is JOB@4")
     assert not told.points
     assert bucket.repository("JOB").current() == before
@@ -163,6 +167,28 @@ def test_a_job_without_a_document_is_invalid(bucket: Bucket) -> None:
     result, _ = bucket.run("NOBODY")
     assert (result.outcome, result.attempt) == (Outcome.INVALID_JOB, 0)
     assert "spec.json" in result.message
+
+
+def test_a_validation_set_smaller_than_asked_for_is_used_whole_and_said(bucket: Bucket) -> None:
+    evaluate = {"every": 0, "tokens": 64 * 1000}
+    bucket.add("JOB", data=small_corpus(bucket.folder / "data"), evaluate=evaluate)
+    result, told = bucket.run("JOB")
+    assert result.outcome is Outcome.COMPLETED
+    (warned,) = told.of(Warned)
+    assert warned.message.startswith("evaluate.tokens asks for 1000 rows of 64 tokens")
+    (evaluated,) = told.of(Evaluated)
+    assert math.isfinite(evaluated.bits_per_byte)
+
+
+def test_documents_longer_than_the_context_and_empty_shards_are_trained_through(
+    bucket: Bucket,
+) -> None:
+    folder = bucket.folder / "data"
+    write_corpus(folder, [[[LINE * 200]], [], [[""], [LINE * 200, "a"]], [[LINE * 40]]])
+    bucket.add("JOB", data={"source": f"file:{folder}"})
+    result, told = bucket.run("JOB")
+    assert result.outcome is Outcome.COMPLETED
+    assert [point.step for point in told.points] == list(range(1, HORIZON + 1))
 
 
 def test_data_without_a_whole_row_is_invalid(bucket: Bucket) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.plain import plain_logits
 from trainer.attention import causal_attention
 from trainer.contract.shape import ModelShape
 from trainer.gpt import GPT
@@ -34,59 +35,6 @@ def tokens(shape: ModelShape, rows: int = 2) -> Tensor:
     return torch.randint(0, shape.vocab_size, (rows, shape.sequence_len), generator=generator)
 
 
-def plain_logits(model: GPT, idx_BT: Tensor) -> Tensor:
-    """The forward pass position by position and head by head, straight from the formulas."""
-    shape, w = model.shape, model.state_dict()
-    return torch.stack([plain_row(shape, w, idx_T) for idx_T in idx_BT])
-
-
-def rms(x: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
-
-
-def plain_row(shape: ModelShape, w: dict[str, Tensor], idx_T: Tensor) -> Tensor:
-    D, half = shape.head_dim, shape.head_dim // 2
-    first = rms(w["transformer.wte.weight"][idx_T])
-    x = first.clone()
-    for t in range(1, len(idx_T)):
-        gate = torch.sigmoid(first[t, :24] @ w["smear_gate.weight"][0])
-        x[t] = first[t] + w["smear_lambda"] * gate * first[t - 1]
-    x0, kept = x, None
-    for i in range(shape.n_layer):
-        layer = f"transformer.h.{i}"
-        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
-        y = rms(x)
-        q, k, v = (y @ w[f"{layer}.attn.c_{m}.weight"].T for m in "qkv")
-        out = torch.zeros_like(y)
-        for h in range(shape.n_head):
-            g = h // (shape.n_head // shape.n_kv_head)
-            kv = slice(g * D, (g + 1) * D)
-            value = v[:, kv]
-            if i in shape.value_embed_layers:
-                gate = torch.sigmoid(y[:, :12] @ w[f"{layer}.attn.ve_gate.weight"][g])
-                value = value + 3 * gate[:, None] * w[f"value_embeds.{i}.weight"][idx_T][:, kv]
-            query, key = q[:, h * D : (h + 1) * D], k[:, kv]
-            turned = []
-            for z in (query, key):
-                angle = torch.tensor(
-                    [[t / 100_000 ** (2 * p / D) for p in range(half)] for t in range(len(z))]
-                )
-                pair = torch.complex(z[:, :half], z[:, half:]) * torch.polar(
-                    torch.ones_like(angle), -angle
-                )
-                turned.append(1.2 * rms(torch.cat((pair.real, pair.imag), -1)))
-            for t in range(len(idx_T)):
-                left = max(0, t - shape.windows[i])
-                odds = torch.softmax(turned[1][left : t + 1] @ turned[0][t] / math.sqrt(D), 0)
-                out[t, h * D : (h + 1) * D] = odds @ value[left : t + 1]
-        x = x + out @ w[f"{layer}.attn.c_proj.weight"].T
-        hidden = torch.relu(rms(x) @ w[f"{layer}.mlp.c_fc.weight"].T) ** 2
-        x = x + hidden @ w[f"{layer}.mlp.c_proj.weight"].T
-        kept = x if i == shape.n_layer // 2 else kept
-    x = rms(x - w["backout_lambda"] * kept)
-    return 15 * torch.tanh((x @ w["lm_head.weight"].T)[:, : shape.vocab_size] / 15)
-
-
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -101,7 +49,7 @@ def plain_row(shape: ModelShape, w: dict[str, Tensor], idx_T: Tensor) -> Tensor:
 def test_logits_are_those_of_the_plain_formulas(sizes: dict[str, object]) -> None:
     shape = shape_of(**sizes)
     model, idx_BT = random_model(shape), tokens(shape)
-    actual, expected = model.logits(idx_BT), plain_logits(model, idx_BT)
+    actual, expected = model.logits(idx_BT), plain_logits(shape, model.state_dict(), idx_BT)
     assert actual.shape == (2, shape.sequence_len, shape.vocab_size)
     assert float((actual - expected).detach().norm() / expected.norm()) < 1e-5
 

@@ -13,13 +13,16 @@ def test_keys_are_those_of_the_design() -> None:
     assert layout.manifest_key("J1", 200000, 3) == "jobs/J1/checkpoints/0000200000/3/manifest.json"
     assert (
         layout.part_key("J1", 7, 1, layout.part_name(2))
-        == "jobs/J1/checkpoints/0000000007/1/part-00002.safetensors"
+        == "jobs/J1/checkpoints/0000000007/1/part-00000-00002.safetensors"
     )
 
 
 def test_what_a_key_function_writes_parses_back() -> None:
     assert layout.parse_claim(layout.claim_key("J1", 12)) == layout.ClaimKey("J1", 12)
-    for file in (layout.MANIFEST, layout.part_name(0)):
+    assert layout.parse_too_large(layout.too_large_key("J1", 3, 16)) == 16
+    assert layout.parse_claim(layout.too_large_key("J1", 3, 16)) is None
+    assert layout.parse_too_large(layout.claim_key("J1", 3)) is None
+    for file in (layout.MANIFEST, layout.part_name(0), layout.share_name(3)):
         key = layout.checkpoint_prefix("J1", 5, 2) + file
         assert layout.parse_checkpoint(key) == layout.CheckpointKey("J1", 5, 2, file)
 

@@ -10,13 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.checkpoint.nanochat import (
-    NanochatCheckpoint,
-    NanochatFileCorruptError,
-    NanochatFileMissingError,
-    NanochatMisfitError,
-    read_nanochat,
-)
+from tests.fakes.nanochat import MODEL, RATES, shard
+from trainer.checkpoint.nanochat import NanochatCheckpoint, read_nanochat
 from trainer.contract.scaling import param_groups
 from trainer.contract.schedule import Schedule
 from trainer.contract.shape import ModelShape
@@ -24,18 +19,18 @@ from trainer.contract.spec import JobSpec
 from trainer.gpt import GPT
 from trainer.optim import Optimizer, clip_grad_norm
 from trainer.sample import generate
+from trainer.storage.nanochat_files import (
+    NanochatFileCorruptError,
+    NanochatFileMissingError,
+    NanochatMisfitError,
+)
 
 RECORDED = Path(__file__).parents[1] / "data" / "nanochat"
 SPEC = JobSpec.parse(
     {
-        "model": {"depth": 4, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 128},
+        "model": MODEL,
         "batch": {"device_batch_size": 4, "total_batch_size": 2048},
-        "optimizer": {
-            "embedding_lr": 6.0,
-            "unembedding_lr": 0.16,
-            "matrix_lr": 0.4,
-            "scalar_lr": 1.0,
-        },
+        "optimizer": RATES,
         "schedule": {"num_iterations": 30, "warmup_steps": 200},
     }
 )
@@ -175,28 +170,6 @@ def copy_of(folder: Path) -> Path:
     for path in (RECORDED / "native").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
-
-
-def shard(folder: Path, world_size: int) -> None:
-    """Rewrite the optimizer file as nanochat's ranks would have: large state in slices."""
-    whole = torch.load(folder / "optim_000015_rank0.pt", weights_only=True)
-    for rank in range(world_size):
-        state: dict[int, dict[str, Any]] = {}
-        for index, entry in whole["state"].items():
-            state[index] = {
-                key: value
-                if not isinstance(value, Tensor) or ("exp" in key and value.numel() < 1024)
-                else _slice(value, rank, world_size)
-                for key, value in entry.items()
-            }
-        groups = {"state": state, "param_groups": whole["param_groups"]}
-        torch.save(groups, folder / f"optim_000015_rank{rank}.pt")
-
-
-def _slice(value: Tensor, rank: int, world_size: int) -> Tensor:
-    share = -(-len(value) // world_size)
-    padded = torch.cat((value, value.new_zeros(share * world_size - len(value), *value.shape[1:])))
-    return padded[rank * share : (rank + 1) * share].clone()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

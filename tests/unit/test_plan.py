@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from trainer.contract.plan import Fork, Plan, make_plan, milestones
+from trainer.contract.devices import find_device
+from trainer.contract.memory import estimate_memory, weight_bytes
+from trainer.contract.plan import Fork, Plan, Surroundings, make_plan, milestones
 from trainer.contract.scaling import param_groups
 from trainer.contract.schedule import GroupValues, InForce, Schedule
 from trainer.contract.shape import ModelShape
 from trainer.contract.spec import JobSpec
+from trainer.contract.speed import Measured, mfu_ratio, work_of
 from trainer.contract.violations import SpecError
 
 VOCAB = 32768
@@ -161,7 +164,11 @@ def test_the_plan_warns_of_the_smear_rate_and_of_tables_in_bf16() -> None:
     warnings = make_plan(spec_of(), VOCAB).warnings
     assert any("smear" in text and "471 times" in text for text in warnings)
     assert any("bf16" in text and "precision.embeddings: fp32" in text for text in warnings)
-    quiet = spec_of(optimizer={"smear_lr": 0.001}, precision={"embeddings": "fp32"})
+    quiet = spec_of(
+        optimizer={"smear_lr": 0.001, "scalar_lr": 0.04},
+        precision={"embeddings": "fp32"},
+        schedule={"warmdown_ratio": 0.1},
+    )
     assert make_plan(quiet, VOCAB).warnings == ()
 
 
@@ -185,3 +192,114 @@ def test_a_rise_by_warm_up_above_the_guard_is_said() -> None:
     assert len(rises) == len(plan.rates)
     assert "matrix_768x768: the rate rises from 2.12132e-05 in force to 0.000424264" in rises[-3]
     assert rises[-3].endswith("20 times")
+
+
+def test_an_rtx_4070_takes_what_its_owner_measured() -> None:
+    """1.177 s a step, 55,700 tokens/s, 32.7 h for 100,000 steps, 84.7% of the peak."""
+    spec = spec_of(schedule={"num_iterations": 100_000})
+    plan = make_plan(spec, VOCAB, where=Surroundings(find_device("NVIDIA GeForce RTX 4070")))
+    assert plan.time is not None
+    assert plan.time.step_s == pytest.approx(1.177, rel=0.02)
+    assert plan.time.tokens_per_s == pytest.approx(55_700, rel=0.02)
+    assert plan.time.step_s * plan.steps / 3600 == pytest.approx(32.7, rel=0.02)
+    assert plan.time.mfu_ratio == pytest.approx(0.847, rel=0.02)
+    assert "causal half not taken off" in plan.time.basis
+    assert (plan.steps_at_risk, plan.seconds_at_risk) == (759, pytest.approx(900, rel=0.01))
+
+
+def test_an_rtx_5060_ti_is_as_fast_as_measured_and_its_memory_is_open() -> None:
+    plan = make_plan(spec_of(), VOCAB, where=Surroundings(find_device("RTX 5060 Ti")))
+    assert plan.time is not None
+    assert plan.time.tokens_per_s == pytest.approx(45_000, rel=0.02)
+    assert plan.memory.device_bytes is None
+    assert plan.memory.largest_batch is None
+    told = make_plan(spec_of(), VOCAB, where=Surroundings(find_device("RTX 5060 Ti 16GB")))
+    assert told.memory.device_bytes == 16 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "peak"),
+    [
+        ("NVIDIA GeForce RTX 4070", 12, 58.3e12),
+        ("rtx 3080 12 GB", 12, 61.3e12),
+        ("RTX 3080", None, None),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", None, None),
+        ("NVIDIA A100-SXM4-80GB", 80, 312e12),
+        ("NVIDIA H100 80GB HBM3", 80, 989.4e12),
+        ("NVIDIA H100 PCIe", 80, 756e12),
+        ("NVIDIA H100", None, None),
+        ("NVIDIA L40S", 48, 362e12),
+        ("abacus", None, None),
+    ],
+)
+def test_devices_are_known_by_name_or_absent(
+    name: str, memory_gib: int | None, peak: float | None
+) -> None:
+    found = find_device(name)
+    assert found.memory_bytes == (memory_gib and memory_gib * 2**30)
+    assert found.peak_flops == (peak and pytest.approx(peak))
+
+
+def test_the_share_of_the_peak_is_by_the_cards_own_peak_or_absent() -> None:
+    spec = spec_of()
+    shape = ModelShape.of(spec.model, VOCAB)
+    card = find_device("NVIDIA GeForce RTX 4070", 12_282 << 20)
+    share = mfu_ratio(spec, shape, card, 1, 1.177)
+    assert share == pytest.approx(0.847, abs=5e-4)  # as its owner measured
+    assert mfu_ratio(spec, shape, card, 2, 1.177) == pytest.approx(share / 2)
+    for unknown in (None, find_device("cpu", 10**9), find_device("RTX 9999"), find_device("H100")):
+        assert mfu_ratio(spec, shape, unknown, 1, 1.177) is None
+    assert mfu_ratio(spec_of(precision={"compute": "fp32"}), shape, card, 1, 1.177) is None
+
+
+def test_a_measured_rate_counts_more_than_the_device() -> None:
+    spec = spec_of()
+    shape = ModelShape.of(spec.model, VOCAB)
+    measured = [Measured("job A", 2.0, work_of(spec, shape)), Measured("job B", 9.0, 1.0)]
+    plan = make_plan(spec, VOCAB, where=Surroundings(find_device("RTX 4070"), measured))
+    assert plan.time is not None
+    assert plan.time.step_s == pytest.approx(2.0)
+    assert plan.time.mfu_ratio == pytest.approx(0.847 * 1.177 / 2.0, rel=0.01)
+    assert "job A" in plan.time.basis
+    assert make_plan(spec, VOCAB).time is None
+
+
+def test_what_does_not_fit_is_said_with_what_would() -> None:
+    small = find_device("RTX 4070", 12 * 2**30, free_bytes=6 * 10**9)
+    plan = make_plan(spec_of(), VOCAB, where=Surroundings(small))
+    assert plan.memory.peak_bytes > 6 * 10**9
+    largest = plan.memory.largest_batch
+    assert largest in (1, 2, 4)
+    assert any(f"device_batch_size {largest} fits" in text for text in plan.warnings)
+    spec = spec_of(batch={"device_batch_size": largest})
+    assert estimate_memory(spec, plan.shape, small).peak_bytes <= 6 * 10**9
+    assert plan.memory.parts["weights"] == weight_bytes(plan.spec, plan.shape)
+
+
+def test_a_refused_jump_names_the_setting_that_goes_on_at_the_parents_rate() -> None:
+    plan = continued(fork_at(10, smear=0.012))
+    assert [jump.group for jump in plan.jumps] == ["smear"]
+    assert plan.ways_out == ("optimizer.smear_lr=0.012",)
+
+
+def test_ratios_of_momentum_and_decay_stand_beside_the_rates() -> None:
+    row = next(r for r in continued(fork_at(200_000)).rates if r.group == "matrix_768x768")
+    assert row.momentum_ratio == pytest.approx(0.97 / 0.9)
+    assert row.decay_ratio == pytest.approx(0.25, rel=0.01)  # the cosine at two thirds
+
+
+def test_a_continuation_is_warned_of_heat_decay_and_one_factor() -> None:
+    hot = continued(fork_at(200_000, scale=0.05), guards={"allow_lr_jump": True}).warnings
+    assert any(text.startswith("horizon:") and "anchor: continue" in text for text in hot)
+    late = continued(fork_at(295_000)).warnings
+    assert any("near zero" in text for text in late)
+    rates = {"embedding_lr": 0.0018, "unembedding_lr": 4.8e-5, "matrix_lr": 1.2e-4}
+    cool = continued(fork_at(10), optimizer={**rates, "scalar_lr": 0.003}).warnings
+    assert any("all rates but smear's are 0.1 times" in text for text in cool)
+
+
+def test_the_users_own_rates_are_one_factor_of_the_defaults() -> None:
+    warnings = make_plan(spec_of(), VOCAB).warnings
+    assert any("0.06 times" in text and "optimizer.smear_lr=0.012" in text for text in warnings)
+    assert any("warmdown never comes" in text for text in warnings)
+    assert any("53%" in text for text in warnings)

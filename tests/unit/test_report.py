@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ import pytest
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
 from trainer import report
+from trainer.contract.devices import Device
 from trainer.contract.schedule import GroupValues
 from trainer.events import (
     CheckpointCommitted,
@@ -32,6 +34,7 @@ from trainer.storage.manifest import CheckpointRef
 WAIT_S = 20.0
 HELLO = pb.Hello(job_id="JOB", attempt=3, start_step=7)
 REF = CheckpointRef(job_id="JOB", step=8, attempt=3)
+CPU = Device("cpu", memory_bytes=2000, free_bytes=1000)
 GROUPS = {"wte": GroupValues(0.1, 0.8, 0.001)}
 
 
@@ -47,6 +50,7 @@ class ScriptedRunService(rpc.RunServiceServicer):
         self.refusal: grpc.StatusCode | None = None
         self.break_after: int | None = None  # a stream ends after so many batches, unacknowledged
         self.silent = threading.Event()  # answers nothing while it is set
+        self.delay_s = 0.0  # before each answer
         self.changed = threading.Condition()
         self.port = 0
 
@@ -57,6 +61,7 @@ class ScriptedRunService(rpc.RunServiceServicer):
         for request in requests:
             if self.silent.is_set():
                 continue
+            time.sleep(self.delay_s)
             with self.changed:
                 self._take(request)
                 self.changed.notify_all()
@@ -260,6 +265,19 @@ def test_closing_waits_no_longer_than_it_must_for_a_service_that_is_away(
     wait_until(lambda: not any(t.name == "report" for t in threading.enumerate()))
 
 
+def test_closing_goes_on_while_a_slow_service_takes_what_is_left(
+    service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "CLOSE_S", 0.5)
+    monkeypatch.setattr(report, "MAX_BATCH", 2)
+    service.delay_s = 0.2
+    reporter = reporter_to(service)
+    for step in range(1, 13):
+        reporter.point(point(step))
+    reporter.close()
+    assert numbers(service) == list(range(1, 13))
+
+
 def test_memory_is_bounded_and_events_stay(
     service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +305,7 @@ def test_memory_is_bounded_and_events_stay(
 @pytest.mark.parametrize(
     ("event", "kind", "step"),
     [
-        (ValuesInForce(8, GROUPS), pb.EVENT_KIND_VALUES_IN_FORCE, 8),
+        (ValuesInForce(8, GROUPS, CPU), pb.EVENT_KIND_VALUES_IN_FORCE, 8),
         (CheckpointCommitted(REF, 100, 1.5, 0.5), pb.EVENT_KIND_CHECKPOINT_COMMITTED, 8),
         (CheckpointPassedOver(REF, "torn"), pb.EVENT_KIND_CHECKPOINT_FALLBACK, 8),
         (Evaluated(8, 1.25, "E"), pb.EVENT_KIND_EVALUATED, 8),
@@ -299,6 +317,17 @@ def test_every_event_has_its_form_on_the_wire(event: Event, kind: Any, step: int
     message = event_to_proto(event)
     assert (message.kind, message.step) == (kind, step)
     assert message.message
+
+
+def test_what_the_job_runs_on_and_what_was_free_travel_with_the_values_in_force() -> None:
+    device = event_to_proto(ValuesInForce(8, GROUPS, CPU)).device
+    assert (device.name, device.memory_bytes, device.free_bytes) == ("cpu", 2000, 1000)
+    assert not event_to_proto(ValuesInForce(8, GROUPS)).HasField("device")
+
+
+def test_a_share_of_the_peak_is_on_the_wire_only_where_the_peak_is_known() -> None:
+    assert not point_to_proto(point(9)).HasField("mfu_ratio")
+    assert point_to_proto(replace(point(9), mfu_ratio=0.5)).mfu_ratio == 0.5
 
 
 def test_a_point_on_the_wire_is_the_same_to_the_last_bit() -> None:

@@ -132,6 +132,20 @@ def test_a_stale_writer_is_stopped(store: MemoryObjectStore, tmp_path: Path) -> 
         old.check_writer(3)
 
 
+def test_nobody_commits_for_a_job_that_was_deleted(
+    store: MemoryObjectStore, tmp_path: Path
+) -> None:
+    repository = CheckpointRepository(store, JOB)
+    repository.claim(None, "host")
+    assert repository.claims()
+    for info in list(store.list(f"jobs/{JOB}/")):
+        store.delete(info.key)
+    manifest = upload(repository, tmp_path, 20)  # a part is on its way
+    with pytest.raises(NotClaimedError):
+        repository.commit(manifest)
+    assert repository.committed() == []
+
+
 def test_a_stale_commit_that_slips_through_does_not_count(
     store: MemoryObjectStore, tmp_path: Path
 ) -> None:
@@ -183,7 +197,7 @@ def test_damage_is_found_while_reading_and_passed_over(
     with pytest.raises(CorruptCheckpointError, match="part-00000"):
         repository.read_part(newer, part, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-    assert [error.part for error in repository.verify(newer)] == ["part-00000.safetensors"]
+    assert [error.part for error in repository.verify(newer)] == ["part-00000-00000.safetensors"]
     assert repository.verify(older) == ()
 
     loaded = repository.newest_loadable(load_whole(repository))

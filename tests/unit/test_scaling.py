@@ -26,10 +26,6 @@ SCALARS = 2 + 24  # smear and backout lambdas, smear gate
 everywhere = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"d{c['args']['depth']}")
 
 
-def exactly(value: float) -> Any:
-    return pytest.approx(value, rel=1e-12, abs=0)
-
-
 def spec_of(config: dict[str, Any]) -> JobSpec:
     args = config["args"]
     model = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern")
@@ -79,8 +75,8 @@ def test_shape_and_counts_are_nanochats(config: dict[str, Any]) -> None:
 @everywhere
 def test_effective_rates_and_decay_are_nanochats(config: dict[str, Any]) -> None:
     spec, shape = spec_of(config), shape_of(config)
-    assert batch_lr_scale(config["total_batch_size"]) == exactly(config["batch_lr_scale"])
-    assert scaled_weight_decay(spec, shape) == exactly(config["weight_decay_scaled"])
+    assert batch_lr_scale(config["total_batch_size"]) == config["batch_lr_scale"]
+    assert scaled_weight_decay(spec, shape) == config["weight_decay_scaled"]
     groups = param_groups(spec, shape)
     assert len(groups) == len(config["groups"])
     for group, recorded in zip(groups, config["groups"], strict=True):
@@ -88,8 +84,8 @@ def test_effective_rates_and_decay_are_nanochats(config: dict[str, Any]) -> None
         assert group.parameters[0] == recorded["first_param"]
         assert len(group.parameters) == recorded["n_params"]
         assert list(group.shape) == recorded["shape"]
-        assert group.lr == exactly(recorded["initial_lr"])
-        assert group.weight_decay == exactly(recorded["weight_decay"])
+        assert group.lr == recorded["initial_lr"]
+        assert group.weight_decay == recorded["weight_decay"]
         if recorded["betas"] is not None:
             assert list(group.betas) == recorded["betas"]
 
@@ -100,9 +96,9 @@ def test_schedule_is_nanochats_at_every_recorded_step(config: dict[str, Any]) ->
     schedule = Schedule(spec.schedule, param_groups(spec, shape))
     for recorded in config["schedule"]:
         values = schedule.at(recorded["step"])
-        assert values.lr_multiplier == exactly(recorded["lrm"])
-        assert values.momentum == exactly(recorded["momentum"])
-        assert values.weight_decay == exactly(recorded["weight_decay"])
+        assert values.lr_multiplier == recorded["lrm"]
+        assert values.momentum == recorded["momentum"]
+        assert values.weight_decay == recorded["weight_decay"]
 
 
 @everywhere
@@ -129,8 +125,8 @@ def test_recorded_run_uses_the_rates_that_its_flags_derive() -> None:
     groups = param_groups(spec, shape)
     layout = json.loads((RECORDED / "optim_layout.json").read_text())["groups"]
     for group, recorded, members in zip(groups, config["param_groups"], layout, strict=True):
-        assert group.lr == exactly(recorded["initial_lr"])
-        assert group.weight_decay == exactly(recorded["weight_decay"])
+        assert group.lr == recorded["initial_lr"]
+        assert group.weight_decay == recorded["weight_decay"]
         assert list(group.parameters) == [member["name"] for member in members["members"]]
 
 

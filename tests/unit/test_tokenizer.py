@@ -15,6 +15,7 @@ from tests.fakes.corpus import TOKENIZER, vectors, write_everstep_tokenizer
 from trainer.data.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from trainer.storage.object_store import NotFoundError, open_store
 from trainer.storage.tokenizer_files import (
+    BOS,
     TokenizerError,
     TokenizerFiles,
     parse_everstep,
@@ -120,6 +121,12 @@ def test_torn_or_foreign_files_are_refused(tmp_path: Path, files: TokenizerFiles
             parse_everstep(*pair)
     with pytest.raises(NotFoundError, match="neither"):
         read_tokenizer_files(open_store(f"file:{tmp_path}"))
+
+
+def test_a_token_id_outside_the_vocabulary_is_refused(files: TokenizerFiles) -> None:
+    far = {**files.special_tokens, BOS: files.vocab_size + 5}
+    with pytest.raises(TokenizerError, match="without gap or repetition"):
+        TokenizerFiles(files.pattern, files.ranks, far)
 
 
 def test_tiktoken_itself_agrees_with_what_was_read(files: TokenizerFiles) -> None:

@@ -1,8 +1,8 @@
-"""Reading nanochat's own checkpoints.
+"""nanochat's own checkpoints, read and written.
 
 Owns nanochat's file names and the layout of its optimizer state, and turns both into this
-project's names. Must not know jobs, storage or the model class. Files are untrusted: they are
-loaded with weights_only, and every shape is checked.
+project's names and back, to the bit. Must not know jobs, storage or the model class. Files are
+untrusted: they are loaded with weights_only, and every shape is checked.
 
 Invariant: what is returned is complete and fits the shape; anything else is refused by name. The
 rates in force come from the optimizer state alone, never from meta's user_config, which after a
@@ -13,38 +13,34 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
+from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.contract.scaling import param_groups
-from trainer.contract.schedule import GroupValues, InForce
+from trainer.checkpoint.shares import MODEL, OPTIMIZER
+from trainer.contract.scaling import ParamGroup
+from trainer.contract.schedule import InForce
 from trainer.contract.shape import ModelShape
-from trainer.contract.spec import JobSpec
-from trainer.muon import second_moment_shape
+from trainer.muon import POLAR_EXPRESS, second_moment_shape
+from trainer.storage.nanochat_files import (
+    NanochatFileCorruptError,
+    NanochatFileMissingError,
+    NanochatMisfitError,
+    layout_groups,
+    rank_names,
+    read_in_force,
+    read_meta,
+    read_shape,
+)
 
 COMPILED_PREFIX = "_orig_mod."  # torch.compile puts it before the names of a wrapped model
-
-
-class NanochatCheckpointError(Exception):
-    """A nanochat checkpoint can't be used; the message says which file and why."""
-
-
-class NanochatFileMissingError(NanochatCheckpointError):
-    """A file of the checkpoint is missing; copy the whole folder, every rank's file included."""
-
-
-class NanochatFileCorruptError(NanochatCheckpointError):
-    """A file of the checkpoint can't be read; it may be the rest of a save that was cut off."""
-
-
-class NanochatMisfitError(NanochatCheckpointError):
-    """The files are readable but don't fit together, or aren't of a model that is supported."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,8 @@ class NanochatCheckpoint:
 
     step: updates made. weights: by state-dict name. optimizer_state and counters: as
     Optimizer.load_state_tensors and load_counters take them. in_force: the values of the last
-    update, step - 1. meta: nanochat's meta file as it is.
+    update, step - 1. initial_lr: by group, what nanochat's schedule multiplies. meta: nanochat's
+    meta file as it is.
     """
 
     step: int
@@ -62,6 +59,7 @@ class NanochatCheckpoint:
     optimizer_state: dict[str, Tensor]
     counters: dict[str, int]
     in_force: InForce
+    initial_lr: dict[str, JsonValue]
     meta: dict[str, Any]
 
 
@@ -73,10 +71,8 @@ def read_nanochat(folder: Path, step: int) -> NanochatCheckpoint:
         NanochatFileCorruptError: a file can't be parsed.
         NanochatMisfitError: names, shapes, steps or rank shards don't fit together.
     """
-    meta = _read_meta(folder / f"meta_{step:06d}.json")
-    if meta.get("step") != step:
-        raise NanochatMisfitError(f"meta_{step:06d}.json is of step {meta.get('step')}")
-    shape = _read_shape(meta)
+    meta = read_meta(_existing(folder / f"meta_{step:06d}.json").read_bytes(), step)
+    shape = read_shape(meta)
     ranks = [_load(path) for path in _rank_files(folder, step)]
     weights = _read_weights(folder / f"model_{step:06d}.pt", shape)
     layout = _Layout(shape, ranks)
@@ -87,46 +83,82 @@ def read_nanochat(folder: Path, step: int) -> NanochatCheckpoint:
         weights=weights,
         optimizer_state=state,
         counters=counters,
-        in_force=layout.in_force(step),
+        in_force=read_in_force(layout.settings, shape, step),
+        initial_lr=layout.initial_lr(),
         meta=meta,
     )
+
+
+def write_nanochat(
+    checkpoint: NanochatCheckpoint, groups: Sequence[ParamGroup], folder: Path
+) -> None:
+    """Write the files that read_nanochat reads, of one rank."""
+    step = f"{checkpoint.step:06d}"
+    state: dict[int, dict[str, Any]] = {}
+    settings: list[dict[str, Any]] = []
+    first = 0
+    for group in groups:
+        indices = list(range(first, first + len(group.parameters)))
+        settings.append(_settings(checkpoint, group, indices))
+        state |= _state(checkpoint, group, indices)
+        first += len(indices)
+    (folder / f"meta_{step}.json").write_text(json.dumps(checkpoint.meta, indent=2))
+    optimizer = {"state": state, "param_groups": settings}
+    torch.save(optimizer, folder / f"optim_{step}_rank0.pt")
+    torch.save(OrderedDict(checkpoint.weights), folder / f"model_{step}.pt")
+
+
+def write_safetensors(checkpoint: NanochatCheckpoint, folder: Path) -> None:
+    """Write weights and optimizer state by name, and what meta says of the model as a config."""
+    save_file(checkpoint.weights, folder / "model.safetensors")
+    save_file(checkpoint.optimizer_state, folder / "optimizer.safetensors")
+    config = {"model_type": "nanochat", "step": checkpoint.step, **checkpoint.meta["model_config"]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _settings(checkpoint: NanochatCheckpoint, group: ParamGroup, params: list[int]) -> Any:
+    values = checkpoint.in_force.groups[group.name]
+    muon = {"momentum": values.momentum, "ns_steps": len(POLAR_EXPRESS), "beta2": group.betas[1]}
+    adamw = {"betas": (values.momentum, group.betas[1]), "eps": group.eps}
+    return {
+        "kind": group.kind,
+        "lr": values.lr,
+        **(muon if group.kind == "muon" else adamw),
+        "weight_decay": values.weight_decay,
+        "initial_lr": checkpoint.initial_lr.get(group.name, group.lr),
+        "params": params,
+    }
+
+
+def _state(checkpoint: NanochatCheckpoint, group: ParamGroup, params: list[int]) -> Any:
+    """By number of the parameter; a Muon group's is one stack, at its first."""
+    tensors, names = checkpoint.optimizer_state, group.parameters
+    if group.kind == "muon":
+        keys = ("momentum_buffer", "second_momentum_buffer")
+        return {params[0]: {k: torch.stack([tensors[f"{n}.{k}"] for n in names]) for k in keys}}
+    return {
+        number: {
+            "step": checkpoint.counters[group.name],
+            "exp_avg": tensors[f"{name}.exp_avg"],
+            "exp_avg_sq": tensors[f"{name}.exp_avg_sq"],
+        }
+        for number, name in zip(params, names, strict=True)
+    }
+
+
+def write_tensors(checkpoint: NanochatCheckpoint, path: Path) -> list[str]:
+    """Write weights and optimizer state as a part of one of our checkpoints; the names inside."""
+    tensors = {f"{MODEL}{name}": each for name, each in checkpoint.weights.items()}
+    tensors |= {f"{OPTIMIZER}{name}": each for name, each in checkpoint.optimizer_state.items()}
+    # Merged members are views of one stack, which the format doesn't take.
+    save_file({name: each.clone() for name, each in tensors.items()}, path)
+    return sorted(tensors)
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise NanochatFileMissingError(f"{path.name} is missing from {path.parent}")
     return path
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(_existing(path).read_text())
-    except ValueError as error:
-        raise NanochatFileCorruptError(f"{path.name} isn't JSON: {error}") from error
-    if not isinstance(meta, dict):
-        raise NanochatFileCorruptError(f"{path.name} isn't a JSON object")
-    return meta
-
-
-def _read_shape(meta: Mapping[str, Any]) -> ModelShape:
-    try:
-        config = dict(meta["model_config"])
-        width, heads = config["n_embd"], config["n_head"]
-        shape = ModelShape.build(
-            n_layer=config["n_layer"],
-            n_head=heads,
-            n_kv_head=config["n_kv_head"],
-            head_dim=width // heads,
-            vocab_size=config["vocab_size"],
-            sequence_len=config["sequence_len"],
-            # A checkpoint from before windows attends to everything.
-            window_pattern=config.get("window_pattern", "L"),
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise NanochatMisfitError(f"meta's model_config isn't a GPT's: {error!r}") from error
-    if shape.n_embd != width:
-        raise NanochatMisfitError(f"meta's n_embd {width} isn't a multiple of n_head {heads}")
-    return shape
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -155,13 +187,8 @@ def _read_weights(path: Path, shape: ModelShape) -> dict[str, Tensor]:
 
 
 def _rank_files(folder: Path, step: int) -> list[Path]:
-    pattern = re.compile(rf"optim_{step:06d}_rank(\d+)\.pt")
-    ranks = {int(m[1]): p for p in folder.glob("optim_*.pt") if (m := pattern.fullmatch(p.name))}
-    count = max(ranks, default=0) + 1
-    missing = [rank for rank in range(count) if rank not in ranks]
-    if missing:
-        raise NanochatFileMissingError(f"optim_{step:06d}_rank{missing[0]}.pt is missing")
-    return [ranks[rank] for rank in range(count)]
+    names = rank_names([path.name for path in folder.iterdir()], step)
+    return [_existing(folder / name) for name in names]
 
 
 class _Layout:
@@ -169,38 +196,18 @@ class _Layout:
 
     def __init__(self, shape: ModelShape, ranks: list[dict[str, Any]]) -> None:
         self._shapes = shape.named_shapes()
-        # Only the grouping matters here, and no rate changes it.
-        self._groups = param_groups(JobSpec.parse({}), shape)
         try:
-            self._settings: list[dict[str, Any]] = ranks[0]["param_groups"]
+            self.settings: list[dict[str, Any]] = ranks[0]["param_groups"]
             self._ranks: list[dict[int, dict[str, Any]]] = [rank["state"] for rank in ranks]
         except KeyError as error:
             raise NanochatMisfitError(f"an optimizer file lacks {error}") from error
-        kinds = [(group["kind"], len(group["params"])) for group in self._settings]
-        wanted = [(group.kind, len(group.parameters)) for group in self._groups]
-        if kinds != wanted:
-            raise NanochatMisfitError(f"optimizer groups are {kinds}, the model's are {wanted}")
-
-    def in_force(self, step: int) -> InForce:
-        """The values of the last update before the checkpoint of this step."""
-        values: dict[str, GroupValues] = {}
-        for group, settings in zip(self._groups, self._settings, strict=True):
-            muon = group.kind == "muon"
-            values[group.name] = GroupValues(
-                lr=float(settings["lr"]),
-                momentum=float(settings["momentum"] if muon else settings["betas"][0]),
-                weight_decay=float(settings["weight_decay"]),
-            )
-        based = [settings for settings in self._settings if settings["initial_lr"] > 0]
-        multiplier = based[0]["lr"] / based[0]["initial_lr"] if based else 0.0
-        last = values[self._groups[-1].name]
-        return InForce(step - 1, multiplier, last.momentum, last.weight_decay, values)
+        self._groups = layout_groups(self.settings, shape)
 
     def merge(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """State tensors by name, and update counts by group."""
         state: dict[str, Tensor] = {}
         counters: dict[str, int] = {}
-        for group, settings in zip(self._groups, self._settings, strict=True):
+        for group, settings in zip(self._groups, self.settings, strict=True):
             indices = settings["params"]
             if group.kind == "muon":
                 self._merge_muon(group.parameters, group.shape, indices[0], state)
@@ -212,6 +219,11 @@ class _Layout:
         updates = max(counters.values())
         counters |= {group.name: updates for group in self._groups if group.kind == "muon"}
         return state, counters
+
+    def initial_lr(self) -> dict[str, JsonValue]:
+        """Base rates by group."""
+        named = zip(self._groups, self.settings, strict=True)
+        return {group.name: settings["initial_lr"] for group, settings in named}
 
     def _shards(self, index: int, key: str) -> list[Tensor]:
         shards = [rank[index][key] for rank in self._ranks if key in rank.get(index, {})]

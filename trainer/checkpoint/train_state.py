@@ -8,21 +8,20 @@ Invariant: restoring a snapshot and going on gives the weights that going on wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.checkpoint.shares import MODEL, OPTIMIZER
 from trainer.contract.schedule import InForce
 from trainer.data.loader import START, Position
 from trainer.optim import Optimizer
-
-MODEL = "model."
-OPTIMIZER = "optimizer."
 
 
 class StateMisfitError(ValueError):
@@ -71,21 +70,6 @@ class TrainState:
             raise StateMisfitError(f"the checkpoint's state is malformed: {error}") from error
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """State at one step, copied to the host: training may go on."""
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-    step: int
-    validation_bpb: float | None
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
 def live_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every tensor of the state by its name, as it is: not copies."""
     found = {f"{MODEL}{name}": tensor.data for name, tensor in model.named_parameters()}
@@ -93,17 +77,6 @@ def live_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return found
 
 
-def snapshot(model: nn.Module, optimizer: Optimizer, state: TrainState) -> Snapshot:
-    """Copy everything to the host."""
-    state.counters = optimizer.counters()
-    tensors = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in live_tensors(model, optimizer).items()
-    }
-    return Snapshot(tensors, state.to_dict(), state.step, state.validation_bpb)
-
-
-@torch.no_grad()
 def restore(
     files: Sequence[Path], state: TrainState, model: nn.Module, optimizer: Optimizer
 ) -> None:
@@ -113,11 +86,31 @@ def restore(
         StateMisfitError: a tensor is missing, unknown or of another shape. Nothing that was
             loaded counts then.
     """
-    wanted = live_tensors(model, optimizer)
+    _fill(live_tensors(model, optimizer), files)
+    optimizer.load_counters(state.counters)
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of verified files by its name, in host memory."""
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def restore_weights(files: Iterable[Path], model: nn.Module) -> None:
+    """The same for the weights alone, whatever else the files hold; StateMisfitError."""
+    weights = {f"{MODEL}{name}": tensor.data for name, tensor in model.named_parameters()}
+    _fill(weights, files, passing_over=(OPTIMIZER,))
+
+
+@torch.no_grad()
+def _fill(
+    wanted: Mapping[str, Tensor], files: Iterable[Path], passing_over: tuple[str, ...] = ()
+) -> None:
     seen: set[str] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name.startswith(passing_over):
+                    continue
                 target = wanted.get(name)
                 if target is None:
                     raise StateMisfitError(f"{name} is not a tensor of this model")
@@ -128,4 +121,3 @@ def restore(
                 seen.add(name)
     if missing := wanted.keys() - seen:
         raise StateMisfitError(f"{len(missing)} tensors are missing, such as {min(missing)}")
-    optimizer.load_counters(state.counters)

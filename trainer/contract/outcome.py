@@ -1,13 +1,19 @@
-"""How an attempt can end, and what follows from it.
+"""How an attempt can end, and what follows from it, and how often.
 
 The trainer names the outcome, the host on Ray and the service act on its policy; the table below is
 the only place where the two meet. Adding an outcome without a policy fails at import.
+
+Invariant: `pause_before_restart` alone says whether and when a job is tried again. A host asks it
+about the ends that the service recorded before and its own; of its own those that no attempt had
+claimed a number for are unknown to the service, and to the host after it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Self
 
 
@@ -22,7 +28,9 @@ class Outcome(StrEnum):
     START_TIMEOUT = "START_TIMEOUT"  # the workers did not get their resources in time
     STALE_WRITER = "STALE_WRITER"  # a newer attempt holds the claim
     STORE_UNAVAILABLE = "STORE_UNAVAILABLE"  # storage could not be reached at the start
-    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    STALLED = "STALLED"  # no step for many times the attempt's own median step
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"  # noted in the bucket: the next one takes half the device batch
+    OUT_OF_MEMORY_AT_ONE_ROW = "OUT_OF_MEMORY_AT_ONE_ROW"  # there is no smaller device batch
     NOT_FINITE = "NOT_FINITE"  # loss or gradient is NaN or infinite; no update was applied
     HYPERPARAMETERS_NOT_APPLIED = "HYPERPARAMETERS_NOT_APPLIED"  # the optimizer says otherwise
     DATA_CHANGED = "DATA_CHANGED"  # a shard is not what was bound at submission
@@ -48,7 +56,9 @@ POLICIES: dict[Outcome, Policy] = {
     Outcome.START_TIMEOUT: Policy.RESTART,
     Outcome.STALE_WRITER: Policy.RESTART,
     Outcome.STORE_UNAVAILABLE: Policy.RESTART,
-    Outcome.OUT_OF_MEMORY: Policy.FAIL,
+    Outcome.STALLED: Policy.RESTART,
+    Outcome.OUT_OF_MEMORY: Policy.RESTART,
+    Outcome.OUT_OF_MEMORY_AT_ONE_ROW: Policy.FAIL,
     Outcome.NOT_FINITE: Policy.FAIL,
     Outcome.HYPERPARAMETERS_NOT_APPLIED: Policy.FAIL,
     Outcome.DATA_CHANGED: Policy.FAIL,
@@ -58,10 +68,12 @@ POLICIES: dict[Outcome, Policy] = {
 }
 assert set(POLICIES) == set(Outcome)
 
-# Restarts that one host may spend; past it the job fails and names the last outcome.
+# Restarts within a window; past them the job fails and names the last outcome.
 RESTART_BUDGET = 10
-# Seconds of training after which earlier restarts no longer count.
 RESTART_WINDOW_S = 3600.0
+# An attempt that lived as long was well: the pauses begin anew after it.
+GOOD_STRETCH_S = 600.0
+BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0, 60.0)  # before the first, second, ... restart in a row
 # Exit statuses of `python -m trainer`, sysexits-like where there is a fit.
 EXIT_CODES: dict[Outcome, int] = {
     outcome: 0 if policy is Policy.DONE else 75 if policy is Policy.RESTART else 1
@@ -69,20 +81,54 @@ EXIT_CODES: dict[Outcome, int] = {
 }
 
 
+def pause_before_restart(ends: Iterable[float]) -> float | None:
+    """Seconds to wait before the next attempt; None: the budget is spent.
+
+    Args:
+        ends: when attempts that may be followed by another one ended, in seconds of one clock, on
+            whichever host; the latest is the one that asks. Those that ran out of memory stay out:
+            halving ends by itself.
+    """
+    latest_first = sorted(ends, reverse=True)
+    recent = [end for end in latest_first if latest_first[0] - end < RESTART_WINDOW_S]
+    if len(recent) > RESTART_BUDGET:
+        return None
+    in_a_row = 0
+    for later, earlier in pairwise(recent):
+        if later - earlier >= GOOD_STRETCH_S:
+            break
+        in_a_row += 1
+    return BACKOFF_S[min(in_a_row, len(BACKOFF_S) - 1)]
+
+
+def counts(outcome: Outcome) -> bool:
+    """Whether a restart after such an end is paid from the budget."""
+    return POLICIES[outcome] is Policy.RESTART and outcome is not Outcome.OUT_OF_MEMORY
+
+
 @dataclass(frozen=True)
 class AttemptResult:
-    """How one attempt ended. attempt is 0 where it ended before it could claim a number."""
+    """How one attempt ended. attempt is 0 where it ended before it could claim a number.
+
+    ended_at: seconds since the epoch, by its host's clock; 0 where nobody noted it.
+    """
 
     attempt: int
     outcome: Outcome
     message: str
     step: int
     checkpoint_step: int | None = None
+    ended_at: float = 0.0
 
     @property
     def policy(self) -> Policy:
         """What follows from it."""
         return POLICIES[self.outcome]
+
+    @property
+    def counts(self) -> bool:
+        """Whether what follows is paid from the budget of restarts."""
+        return counts(self.outcome)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for Ray and JSON."""

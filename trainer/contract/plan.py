@@ -1,7 +1,8 @@
 """What would run, worked out before anything is spent. Pure.
 
-Everything here follows from the spec, the tokenizer's vocabulary size and, for a continuation, the
-values in force at the parent's step. The re-heat guard is decided here and enforced by the service.
+Everything here follows from the spec, the tokenizer's vocabulary size, what is known of the device
+and, for a continuation, the values in force at the parent's step. The re-heat guard is decided here
+and enforced by the service.
 
 Invariant: the rates shown are `Schedule.at`, the very function that the trainer applies.
 """
@@ -9,8 +10,12 @@ Invariant: the rates shown are `Schedule.at`, the very function that the trainer
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from trainer.contract.advice import advise, advise_continuation, advise_memory
+from trainer.contract.devices import Device
+from trainer.contract.memory import MemoryEstimate, estimate_memory, state_bytes
 from trainer.contract.scaling import ParamGroup, param_groups
 from trainer.contract.schedule import (
     MOMENTUM_WARMUP_STEPS,
@@ -19,31 +24,79 @@ from trainer.contract.schedule import (
     Schedule,
 )
 from trainer.contract.shape import ModelShape, ParameterCounts
-from trainer.contract.spec import Anchor, Compute, Embeddings, JobSpec
+from trainer.contract.spec import Anchor, JobSpec
+from trainer.contract.speed import Measured, TimeEstimate, estimate_time
 from trainer.contract.violations import SpecError, Violation
 
-FP32_BYTES = 4
-BF16_BYTES = 2
-FAR_ABOVE = 10.0  # a smear rate so many times Muon's is worth a word (assumption)
+# The field of section optimizer that a group's rate is proportional to; else matrix_lr.
+RATE_FIELDS = {
+    "lm_head": "unembedding_lr",
+    "wte": "embedding_lr",
+    "value_embeds": "embedding_lr",
+    "resid": "scalar_lr",
+    "x0": "scalar_lr",
+    "smear": "smear_lr",
+}
 
 
 @dataclass(frozen=True)
 class Fork:
-    """The point that a continuation leaves its parent at."""
+    """The point that a continuation leaves its parent at.
 
-    name: str  # JOB@STEP
+    name: JOB@STEP, or nanochat:<folder or s3 uri>@STEP. claimed: rates by group that the checkpoint
+    says it ran with, where these aren't the ones in its optimizer. changes: what else is not as it
+    was at the parent, in words.
+    """
+
+    name: str
     step: int
     in_force: InForce
+    claimed: dict[str, float] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of where a job will run. measured: what jobs of its kind reached there."""
+
+    device: Device | None = None
+    measured: Sequence[Measured] = ()
 
 
 @dataclass(frozen=True)
 class RateRow:
-    """One group's values over the run; ratio: first learning rate over the parent's in force."""
+    """One group's values over the run.
+
+    ratio, momentum_ratio, decay_ratio: the first step's values over the parent's in force.
+    """
 
     group: str
     points: tuple[tuple[int, GroupValues], ...]
     parent: GroupValues | None = None
-    ratio: float | None = None
+    claimed: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the learning rate; infinite where the parent's was 0."""
+        return self._ratio("lr")
+
+    @property
+    def momentum_ratio(self) -> float | None:
+        """Of the momentum."""
+        return self._ratio("momentum")
+
+    @property
+    def decay_ratio(self) -> float | None:
+        """Of the weight decay."""
+        return self._ratio("weight_decay")
+
+    def _ratio(self, name: str) -> float | None:
+        if self.parent is None:
+            return None
+        new, old = getattr(self.points[0][1], name), getattr(self.parent, name)
+        if old > 0:
+            return float(new / old)
+        return math.inf if new > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +131,8 @@ class Plan:
     jumps: tuple[LearningRateJump, ...]
     warnings: tuple[str, ...]
     checkpoint_bytes: int
+    memory: MemoryEstimate
+    time: TimeEstimate | None
 
     @property
     def steps(self) -> int:
@@ -91,12 +146,42 @@ class Plan:
 
     @property
     def steps_at_risk(self) -> int:
-        """The most steps that a crash can cost, by the clock that counts steps."""
-        every = self.spec.checkpoint.every_steps
-        return min(every, self.steps) if every else self.steps
+        """The most steps that a crash can cost: those between two checkpoints."""
+        keep = self.spec.checkpoint
+        most = min(keep.every_steps or self.steps, self.steps)
+        if keep.every_s and self.time is not None:
+            most = min(most, math.ceil(keep.every_s / self.time.step_s))
+        return most
+
+    @property
+    def seconds_at_risk(self) -> float | None:
+        """The same in seconds of training; None where nothing is known of a step's time."""
+        if self.time is not None:
+            return self.steps_at_risk * self.time.step_s
+        return float(self.spec.checkpoint.every_s) or None
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """Checkpoints that lie in storage at once, at most: retention's, and one on its way."""
+        keep = self.spec.checkpoint
+        every, last = keep.keep_every_steps, self.start_step + self.steps
+        marked = last // every - self.start_step // every if every else 0
+        return keep.keep_last + marked + keep.keep_best + 1
+
+    @property
+    def ways_out(self) -> tuple[str, ...]:
+        """Settings that would put each refused rate where the parent's is."""
+        wanted: dict[str, float] = {}
+        for jump in self.jumps:
+            name = RATE_FIELDS.get(jump.group, "matrix_lr")
+            rate = getattr(self.spec.optimizer, name) / jump.ratio
+            wanted[name] = min(rate, wanted.get(name, rate))
+        return tuple(f"optimizer.{name}={rate:.4g}" for name, rate in wanted.items())
 
 
-def make_plan(spec: JobSpec, vocab_size: int, fork: Fork | None = None) -> Plan:
+def make_plan(
+    spec: JobSpec, vocab_size: int, fork: Fork | None = None, where: Surroundings | None = None
+) -> Plan:
     """Plan a job.
 
     Raises:
@@ -104,6 +189,7 @@ def make_plan(spec: JobSpec, vocab_size: int, fork: Fork | None = None) -> Plan:
             tokenizer's.
     """
     start_step = fork.step if fork else 0
+    where = where or Surroundings()
     _check(spec, vocab_size, fork)
     shape = ModelShape.of(spec.model, vocab_size)
     groups = param_groups(spec, shape)
@@ -111,6 +197,14 @@ def make_plan(spec: JobSpec, vocab_size: int, fork: Fork | None = None) -> Plan:
     rates = tuple(_rate_row(group, schedule, spec, start_step, fork) for group in groups)
     jumps = tuple(_jump(row, spec) for row in rates if _jumps(row, spec))
     allowed = spec.guards.allow_lr_jump
+    memory = estimate_memory(spec, shape, where.device, start_step)
+    warnings = advise(spec, groups, schedule, start_step)
+    if allowed:
+        warnings = [f"learning-rate jump, allowed by the spec: {jump}" for jump in jumps] + warnings
+    if fork is not None:
+        ratios = {row.group: row.ratio for row in rates}
+        warnings += advise_continuation(schedule, start_step, fork.in_force, ratios)
+        warnings += [*fork.changes, *(_rise(row) for row in rates if _rises(row, spec))]
     return Plan(
         spec=spec,
         shape=shape,
@@ -121,11 +215,10 @@ def make_plan(spec: JobSpec, vocab_size: int, fork: Fork | None = None) -> Plan:
         fork=fork,
         rates=rates,
         jumps=() if allowed else jumps,
-        warnings=(
-            *_warnings(spec, groups, jumps if allowed else ()),
-            *(_rise(row) for row in rates if _rises(row, spec)),
-        ),
-        checkpoint_bytes=checkpoint_bytes(spec, shape),
+        warnings=(*warnings, *advise_memory(memory, spec.batch.device_batch_size)),
+        checkpoint_bytes=state_bytes(spec, shape),
+        memory=memory,
+        time=estimate_time(spec, shape, where.device, where.measured),
     )
 
 
@@ -144,22 +237,6 @@ def milestones(spec: JobSpec, start_step: int) -> tuple[int, ...]:
         last,
     }
     return tuple(sorted(step for step in turns if start_step <= step <= last))
-
-
-def checkpoint_bytes(spec: JobSpec, shape: ModelShape) -> int:
-    """Bytes of one checkpoint: weights, AdamW's two moments, Muon's momentum and row moments."""
-    counts = shape.parameter_counts()
-    low = spec.precision.compute is Compute.BF16
-    table = BF16_BYTES if low and spec.precision.embeddings is Embeddings.COMPUTE else FP32_BYTES
-    tables = (counts.wte + counts.value_embeds) * 3 * table
-    dense = (counts.lm_head + counts.scalars) * 3 * FP32_BYTES
-    matrices = counts.matrices * 2 * FP32_BYTES
-    moments = sum(
-        max(size) * FP32_BYTES
-        for name, size in shape.named_shapes().items()
-        if name.startswith("transformer.h.")
-    )
-    return tables + dense + matrices + moments
 
 
 def _check(spec: JobSpec, vocab_size: int, fork: Fork | None) -> None:
@@ -190,12 +267,10 @@ def _rate_row(
     points = tuple(
         (step, schedule.at(step).groups[group.name]) for step in milestones(spec, start_step)
     )
-    parent = fork.in_force.groups.get(group.name) if fork else None
-    ratio = None
-    if parent is not None:
-        new = points[0][1].lr
-        ratio = new / parent.lr if parent.lr > 0 else (math.inf if new > 0 else 1.0)
-    return RateRow(group.name, points, parent, ratio)
+    if fork is None:
+        return RateRow(group.name, points)
+    parent, claimed = fork.in_force.groups.get(group.name), fork.claimed.get(group.name)
+    return RateRow(group.name, points, parent, claimed)
 
 
 def _jumps(row: RateRow, spec: JobSpec) -> bool:
@@ -224,29 +299,3 @@ def _jump(row: RateRow, spec: JobSpec) -> LearningRateJump:
     assert row.ratio is not None
     new = row.points[0][1].lr
     return LearningRateJump(row.group, row.parent.lr, new, row.ratio, spec.guards.max_lr_jump)
-
-
-def _warnings(
-    spec: JobSpec, groups: tuple[ParamGroup, ...], jumps: tuple[LearningRateJump, ...]
-) -> tuple[str, ...]:
-    found = [f"learning-rate jump, allowed by the spec: {jump}" for jump in jumps]
-    matrix = next((group.lr for group in groups if group.kind == "muon"), 0.0)
-    smear = next(group.lr for group in groups if group.name == "smear")
-    if matrix > 0 and smear > FAR_ABOVE * matrix:
-        found.append(
-            f"the smear group's rate, {smear:g}, is {smear / matrix:.0f} times the matrices' "
-            f"{matrix:.3g}: it is scaled by nothing (optimizer.smear_lr)"
-        )
-    workers = spec.resources.workers
-    if workers.max > workers.min:
-        found.append(
-            f"the job runs on workers.min {workers.min} workers; growing towards workers.max "
-            f"{workers.max} is not there yet"
-        )
-    low = spec.precision.compute is Compute.BF16
-    if low and spec.precision.embeddings is Embeddings.COMPUTE:
-        found.append(
-            "embedding tables are kept in bf16, where small updates round to nothing "
-            "(precision.embeddings: fp32 keeps them)"
-        )
-    return tuple(found)

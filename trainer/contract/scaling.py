@@ -105,7 +105,8 @@ def param_groups(spec: JobSpec, shape: ModelShape) -> tuple[ParamGroup, ...]:
 def _adamw_groups(spec: JobSpec, shape: ModelShape) -> tuple[ParamGroup, ...]:
     shapes, rates = shape.named_shapes(), spec.optimizer
     batch = batch_lr_scale(spec.batch.total_batch_size)
-    width = batch * math.sqrt(REFERENCE_WIDTH / shape.n_embd)
+    # Factors in nanochat's order, so that rates equal its own to the last digit.
+    width = (shape.n_embd / REFERENCE_WIDTH) ** -0.5
 
     def group(
         name: str, parameters: tuple[str, ...], lr: float, betas: tuple[float, float], decay: float
@@ -115,9 +116,10 @@ def _adamw_groups(spec: JobSpec, shape: ModelShape) -> tuple[ParamGroup, ...]:
 
     embeds = tuple(f"value_embeds.{i}.weight" for i in shape.value_embed_layers)
     smear = ("smear_gate.weight", "smear_lambda", "backout_lambda")
-    embedding_lr = rates.embedding_lr * width
+    embedding_lr = rates.embedding_lr * batch * width
+    unembedding_lr = rates.unembedding_lr * batch * width
     return (
-        group("lm_head", ("lm_head.weight",), rates.unembedding_lr * width, (0.8, 0.96), 0.01),
+        group("lm_head", ("lm_head.weight",), unembedding_lr, (0.8, 0.96), 0.01),
         group("wte", ("transformer.wte.weight",), embedding_lr, (0.8, 0.995), 0.001),
         group("value_embeds", embeds, embedding_lr * 0.5, (0.8, 0.995), 0.01),
         group("resid", ("resid_lambdas",), rates.scalar_lr * batch * 0.01, (0.8, 0.95), 0.05),

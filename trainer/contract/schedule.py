@@ -112,8 +112,10 @@ class Schedule:
             return MOMENTUM_START * (1 - done) + MOMENTUM_PEAK * done
         if self._warmdown == 0 or step - self._origin < self._length - self._warmdown:
             return MOMENTUM_PEAK
-        left = self._left(step)
-        return MOMENTUM_PEAK * left + MOMENTUM_END * (1 - left)
+        # In nanochat's order of operations, as in _cosine: equal to the last digit.
+        begin = self._length - self._warmdown
+        done = min((step - self._origin - begin) / self._warmdown, 1.0)
+        return MOMENTUM_PEAK * (1 - done) + MOMENTUM_END * done
 
     def weight_decay(self, step: int) -> float:
         """Muon's absolute weight decay."""
@@ -146,8 +148,8 @@ class Schedule:
         return self.weight_decay(step) / self._base_decay if self._base_decay > 0 else None
 
     def _cosine(self, step: int) -> float:
-        done = min((step - self._origin) / self._length, 1.0)
-        return 0.5 * (1.0 + math.cos(math.pi * done))
+        local = min(step - self._origin, self._length)
+        return 0.5 * (1.0 + math.cos(math.pi * local / self._length))
 
     def _left(self, step: int) -> float:
         """The fraction of the warmdown still ahead; 0 at the horizon and past it."""

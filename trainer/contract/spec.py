@@ -165,6 +165,12 @@ class StartSpec(Section):
     from_: str | None = Field(None, alias="from", max_length=1024)
     init_seed: int = Field(42, ge=0, le=INT32_MAX)
 
+    @property
+    def step(self) -> int | None:
+        """The step that from names; None: fresh weights, or the latest."""
+        step = (self.from_ or "").rpartition("@")[2]
+        return int(step) if step.isdecimal() else None
+
     @field_validator("from_")
     @classmethod
     def _checkpoint_name(cls, value: str | None) -> str | None:
@@ -218,6 +224,7 @@ class ResourcesSpec(Section):
     workers: WorkersSpec = WorkersSpec()
     gpus_per_worker: int = Field(1, ge=0, le=1)
     cpus_per_worker: int = Field(2, ge=1, le=4096)
+    wait_for_nodes: bool = False
 
 
 class PrecisionSpec(Section):
@@ -249,6 +256,7 @@ class JobSpec(Section):
     compile: Compile = Compile.AUTO
     deterministic: bool = True
     priority: int = Field(0, ge=-1000, le=1000)
+    preemptible: bool = False
 
     _compile = field_validator("compile", mode="before")(enum_spelling(Compile))
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from trainer.data.packing import PackReport, Rows, pack, shuffled
 from trainer.data.shards import ShardReader
 from trainer.data.tokenizer import Tokenizer
+from trainer.storage.nanochat_files import NanochatStart
 
 Inputs = npt.NDArray[np.int32]
 Targets = npt.NDArray[np.int64]  # the type that cross entropy takes
@@ -80,7 +81,17 @@ class StepBatch:
 class RowSequence:
     """The job's rows in order, from any position. Keeps one packed row group; for one thread."""
 
-    def __init__(self, reader: ShardReader, tokenizer: Tokenizer, *, T: int, seed: int) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        tokenizer: Tokenizer,
+        *,
+        T: int,
+        seed: int,
+        passed: NanochatStart | None = None,
+    ) -> None:
+        """passed: what nanochat had read already of one epoch, which is left out of it."""
+        self._passed = passed
         self._reader = reader
         self._tokenizer = tokenizer
         self._T = T
@@ -133,12 +144,18 @@ class RowSequence:
             return None
         order = shuffled(groups, "row groups", self._seed, at.epoch, shard.name)
         group = order[at.row_group]
+        if self._was_passed(at.epoch, shards.index(shard), group):
+            return np.empty((0, self._T + 1), dtype=np.int32)
         documents = self._tokenizer.encode_documents(self._reader.texts(shard, group))
         rows, report = pack(documents, self._T)
         self.report += report
         rows = rows[shuffled(len(rows), "rows", self._seed, at.epoch, shard.name, group)]
         self._packed = (key, rows)
         return rows
+
+    def _was_passed(self, epoch: int, shard: int, group: int) -> bool:
+        at = self._passed
+        return at is not None and epoch == at.epoch and (shard, group) <= (at.shard, at.row_group)
 
 
 class Loader:
@@ -156,6 +173,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         position: Position = START,
+        passed: NanochatStart | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         self._accum_steps, rest = divmod(rows_per_step, device_batch_size * world_size)
@@ -164,7 +182,7 @@ class Loader:
                 f"{rows_per_step} rows a step: must be a multiple of device_batch_size "
                 f"{device_batch_size} x world size {world_size}"
             )
-        self._sequence = RowSequence(reader, tokenizer, T=T, seed=order_seed)
+        self._sequence = RowSequence(reader, tokenizer, T=T, seed=order_seed, passed=passed)
         self._T = T
         self._rows_per_step = rows_per_step
         self._B = device_batch_size

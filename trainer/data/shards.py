@@ -2,14 +2,18 @@
 
 Knows parquet and the binding; nothing of tokens. The only module that imports pyarrow for reading.
 
-Invariant: text comes only from a shard whose size and footer digest are those bound at submit;
-anything else is refused by name before a row of it is read.
+Invariant: text comes only from a shard whose size and footer digest are those bound at submit, and
+whose bytes are those first read on this box; anything else is refused by name before a row of it
+is read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +34,7 @@ from trainer.storage.object_store import (
     NotFoundError,
     ObjectInfo,
     ObjectStore,
+    write_file,
 )
 
 TEXT_COLUMN = "text"
@@ -52,7 +57,9 @@ class ShardReader:
     ) -> None:
         self.binding = binding
         self._store = store
-        self._cache = cache / sha256_hex(store.uri.encode())[:16]
+        source = sha256_hex(store.uri.encode())[:16]
+        self._cache = cache / source
+        self._digests = cache / "digests" / source
         self._cache_bytes = cache_bytes
         self._open: tuple[ShardRef, pq.ParquetFile] | None = None
 
@@ -105,7 +112,7 @@ class ShardReader:
         if path.is_file():
             with contextlib.suppress(DataChangedError):
                 self._verify(shard, path)
-                os.utime(path)
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used just now
                 return path
         try:
             self._store.get_file(shard.name, path)
@@ -131,6 +138,30 @@ class ShardReader:
             raise DataChangedError(
                 f"{self.binding.source}: {shard.name} has changed (its footer differs)"
             )
+        self._check_content(shard, path)
+
+    def _check_content(self, shard: ShardRef, path: Path) -> None:
+        """All bytes against those that were first read: a footer says nothing of damaged pages.
+
+        The digest is worked out once, and again only where the file was touched since.
+        """
+        record = self._digests / f"{shard.footer_sha256[:16]}-{shard.name}.json"
+        stat = path.stat()
+        seen = [str(path), stat.st_size, stat.st_mtime_ns]
+        try:
+            known = json.loads(record.read_text())
+        except (OSError, ValueError):
+            known = {}
+        if known.get("seen") == seen:
+            return
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if known.get("sha256", found) != found:
+            raise DataChangedError(
+                f"{self.binding.source}: {shard.name} has changed (its content is not what was "
+                "first read here, though its footer is the same)"
+            )
+        write_file(record, iter((json.dumps({"sha256": found, "seen": seen}).encode(),)))
 
     def _evict(self, newest: Path) -> None:
         """Drop the least recently used shards; a file that another process reads stays readable."""
@@ -138,7 +169,7 @@ class ShardReader:
         for path in self._cache.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process evicts too
                 stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
+                files.append((stat.st_atime, stat.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self._cache_bytes:

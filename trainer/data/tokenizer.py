@@ -8,6 +8,7 @@ token is encoded as text, so a document can't forge the start of another.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ class Tokenizer:
             )
         except ValueError as error:
             raise TokenizerError(f"the split pattern can't be used: {error}") from error
-        self._files = files
+        self.files = files
         self._threads = threads
         self.bos_id = files.special_tokens[BOS]
         self.vocab_size = files.vocab_size
@@ -51,7 +52,7 @@ class Tokenizer:
     @property
     def sha256(self) -> str:
         """Identity of the content."""
-        return self._files.sha256
+        return self.files.sha256
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without any special token."""
@@ -68,10 +69,14 @@ class Tokenizer:
         """Text of token ids; bytes that are no whole character become U+FFFD."""
         return self._encoding.decode(list(ids))
 
+    def pickled(self) -> bytes:
+        """nanochat's tokenizer.pkl."""
+        return pickle.dumps(self._encoding)
+
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """Bytes of text per token [vocab_size]; 0 for special tokens, which are no text."""
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
-        for token, rank in self._files.ranks.items():
+        for token, rank in self.files.ranks.items():
             lengths[rank] = len(token)
         return lengths
 

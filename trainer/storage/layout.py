@@ -15,12 +15,19 @@ MAX_STEP = 10**10 - 1  # ten digits, so that the order of keys is the order of s
 
 _JOB = r"[0-9A-Za-z]{1,64}"
 _PART = r"part-[0-9A-Za-z_-]{1,64}\.safetensors"
+_SHARE = r"share-(\d{5})\.json"
 _CLAIM_KEY = re.compile(rf"jobs/({_JOB})/attempts/([1-9]\d{{0,9}})\.json")
+_TOO_LARGE_KEY = re.compile(
+    rf"jobs/({_JOB})/attempts/([1-9]\d{{0,9}})\.out-of-memory-at-([1-9]\d{{0,9}})"
+)
 _CHECKPOINT_KEY = re.compile(
-    rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/(manifest\.json|{_PART})"
+    rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/(manifest\.json|{_PART}|{_SHARE})"
 )
 _HOLD_KEY = re.compile(rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/held-by-({_JOB})")
 _LOG_KEY = re.compile(rf"jobs/({_JOB})/logs/([1-9]\d{{0,9}})/(\d{{5}})/(\d{{8}})\.jsonl")
+_FOLDER = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
+_SHARD = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}\.parquet")
+TOKENIZER_FILES = ("tokenizer.pkl", "tokenizer.json", "ranks.tiktoken")
 MANIFEST = "manifest.json"
 
 
@@ -34,7 +41,7 @@ class ClaimKey:
 
 @dataclass(frozen=True)
 class CheckpointKey:
-    """What the key of a checkpoint's file says; file is the manifest's name or a part's."""
+    """What the key of a checkpoint's file says; file: the manifest's name, a part's, a share's."""
 
     job_id: str
     step: int
@@ -51,15 +58,25 @@ class LogKey:
     sequence: int
 
 
+def is_job_id(text: str) -> bool:
+    """Whether a job could have this id."""
+    return re.fullmatch(_JOB, text) is not None
+
+
 def job_prefix(job_id: str) -> str:
     """Everything of a job."""
-    assert re.fullmatch(_JOB, job_id), f"not a job id: {job_id!r}"
+    assert is_job_id(job_id), f"not a job id: {job_id!r}"
     return f"jobs/{job_id}/"
 
 
 def spec_key(job_id: str) -> str:
     """The job's document: spec, data binding, start."""
     return job_prefix(job_id) + "spec.json"
+
+
+def retention_key(job_id: str) -> str:
+    """Which checkpoints the job keeps, where that was changed after its submission."""
+    return job_prefix(job_id) + "retention.json"
 
 
 def claims_prefix(job_id: str) -> str:
@@ -71,6 +88,19 @@ def claim_key(job_id: str, attempt: int) -> str:
     """The claim of an attempt; attempts count from 1."""
     assert attempt >= 1, attempt
     return f"{claims_prefix(job_id)}{attempt}.json"
+
+
+def too_large_key(job_id: str, attempt: int, rows: int) -> str:
+    """Says that an attempt ran out of memory with so many rows a micro-step."""
+    assert attempt >= 1, attempt
+    assert rows >= 1, rows
+    return f"{claims_prefix(job_id)}{attempt}.out-of-memory-at-{rows}"
+
+
+def parse_too_large(key: str) -> int | None:
+    """The rows that a key of too_large_key says were too many, if it is one."""
+    match = _TOO_LARGE_KEY.fullmatch(key)
+    return int(match[3]) if match else None
 
 
 def checkpoints_prefix(job_id: str) -> str:
@@ -96,9 +126,14 @@ def part_key(job_id: str, step: int, attempt: int, name: str) -> str:
     return checkpoint_prefix(job_id, step, attempt) + name
 
 
+def share_key(job_id: str, step: int, attempt: int, rank: int) -> str:
+    """Says what a rank wrote of a checkpoint, to the rank that commits it."""
+    return checkpoint_prefix(job_id, step, attempt) + share_name(rank)
+
+
 def hold_key(job_id: str, step: int, attempt: int, by_job_id: str) -> str:
     """Says that another job starts from a checkpoint."""
-    assert re.fullmatch(_JOB, by_job_id), f"not a job id: {by_job_id!r}"
+    assert is_job_id(by_job_id), f"not a job id: {by_job_id!r}"
     return f"{checkpoint_prefix(job_id, step, attempt)}held-by-{by_job_id}"
 
 
@@ -118,9 +153,41 @@ def parse_log(key: str) -> LogKey | None:
     return LogKey(int(match[2]), int(match[3]), int(match[4])) if match else None
 
 
-def part_name(index: int) -> str:
-    """The name of the index-th part."""
-    return f"part-{index:05d}.safetensors"
+def data_prefix(folder: str) -> str:
+    """All files of a folder that users brought: shards, or a tokenizer."""
+    assert _FOLDER.fullmatch(folder), f"not a data folder: {folder!r}"
+    return f"data/{folder}/"
+
+
+def data_key(folder: str, name: str) -> str:
+    """One file of such a folder."""
+    assert data_name_problem(folder, name) is None, (folder, name)
+    return data_prefix(folder) + name
+
+
+def data_name_problem(folder: str, name: str) -> str | None:
+    """Why a file can't be kept under these names, as field, value and bound; None: it can."""
+    if not _FOLDER.fullmatch(folder):
+        return f"file.folder: {folder[:80]!r}: 1 to 64 letters, digits, '.', '_' or '-'"
+    if name not in TOKENIZER_FILES and not _SHARD.fullmatch(name):
+        return f"file.name: {name[:80]!r}: NAME.parquet or one of {', '.join(TOKENIZER_FILES)}"
+    return None
+
+
+def part_name(index: int, rank: int = 0) -> str:
+    """The name of the index-th part that a rank writes."""
+    return f"part-{rank:05d}-{index:05d}.safetensors"
+
+
+def share_name(rank: int) -> str:
+    """The name of the description of a rank's parts."""
+    return f"share-{rank:05d}.json"
+
+
+def parse_share(name: str) -> int | None:
+    """The rank whose share a file's name names, if it names one."""
+    match = re.fullmatch(_SHARE, name)
+    return int(match[1]) if match else None
 
 
 def is_part_name(name: str) -> bool:

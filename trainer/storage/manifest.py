@@ -19,6 +19,7 @@ from pydantic import AwareDatetime, Field, JsonValue, field_validator
 from trainer.storage.binding import DataBinding
 from trainer.storage.documents import Document, DocumentError, Record
 from trainer.storage.layout import MAX_STEP, is_part_name
+from trainer.storage.nanochat_files import NanochatStart
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 JobId = Annotated[str, Field(pattern="^[0-9A-Za-z]{1,64}$")]
@@ -55,7 +56,7 @@ class Part(Record):
     @classmethod
     def _safe_name(cls, value: str) -> str:
         if not is_part_name(value):
-            raise ValueError("must look like part-00000.safetensors")
+            raise ValueError("must look like part-00000-00000.safetensors")
         return value
 
     @classmethod
@@ -106,6 +107,26 @@ class Manifest(Document):
         return sum(part.size_bytes for part in self.parts)
 
 
+class Share(Document):
+    """What one of an attempt's ranks wrote of a checkpoint, before it is committed.
+
+    draft: rank 0's only, who commits: the manifest with the parts of its own.
+    """
+
+    rank: int = Field(ge=0)
+    ranks: int = Field(ge=1)
+    parts: tuple[Part, ...]
+    draft: Manifest | None = None
+
+
+class RetentionDocument(Document):
+    """Which checkpoints a job keeps from now on, in place of what its spec says."""
+
+    keep_last: int = Field(ge=2)
+    keep_every_steps: int = Field(ge=0)
+    keep_best: bool
+
+
 class Claim(Document):
     """An attempt's right to write, and the checkpoint it goes on from (another job's, or None).
 
@@ -123,12 +144,14 @@ class JobDocument(Document):
     """What spec.json holds: what was asked for, on which data, from which checkpoint.
 
     in_force: the parent's values at the start, kept here since the schedule of a continuation
-    depends on them longer than the parent's checkpoint may live.
+    depends on them longer than the parent's checkpoint may live. nanochat: without start, the
+    checkpoint of nanochat's that the job starts from; with it, the one that its text goes on from.
     """
 
     job_id: JobId
     spec: dict[str, JsonValue]
     binding: DataBinding | None = None
     start: CheckpointRef | None = None
+    nanochat: NanochatStart | None = None
     in_force: dict[str, JsonValue] | None = None
     created_at: datetime | None = None

@@ -27,6 +27,7 @@ from trainer.storage.manifest import (
     Manifest,
     ManifestError,
     Part,
+    Share,
 )
 from trainer.storage.object_store import (
     CHUNK_BYTES,
@@ -42,6 +43,7 @@ T = TypeVar("T")
 Start = CheckpointRef | None
 ChooseStart = Callable[[], Start]
 
+CHOICES = 5  # of a newest checkpoint that is pruned while it is read
 BEFORE_ALL_STEPS = -1  # where an attempt starts that takes nothing of its own job
 
 
@@ -51,6 +53,10 @@ class StaleWriterError(Exception):
 
 class NotClaimedError(Exception):
     """The attempt never claimed its number, so it may not commit: claim first."""
+
+
+class ShareMissingError(Exception):
+    """Another rank has not uploaded its share of a checkpoint yet: look again."""
 
 
 class CorruptCheckpointError(Exception):
@@ -112,14 +118,19 @@ class CheckpointRepository:
 
     def claims(self) -> list[Claim]:
         """Every attempt's claim, in order. DocumentError if one can't be read."""
+        there = []
         for info in self.store.list(layout.claims_prefix(self.job_id)):
             named = layout.parse_claim(info.key)
-            if named and named.attempt not in self._claims:
+            if named is None:
+                continue
+            there.append(named.attempt)
+            if named.attempt not in self._claims:
                 claim = Claim.decode(self.store.get(info.key), info.key)
                 if claim.attempt != named.attempt:
                     raise DocumentError(f"{info.key} is the claim of attempt {claim.attempt}")
                 self._claims[named.attempt] = claim
-        return [self._claims[attempt] for attempt in sorted(self._claims)]
+        # Those of a job that was deleted meanwhile count no longer: nobody may commit for it.
+        return [self._claims[attempt] for attempt in sorted(there)]
 
     def claim(self, start: Start | ChooseStart, host: str) -> Claim:
         """Claim the next attempt number, naming the checkpoint that the attempt goes on from.
@@ -142,6 +153,15 @@ class CheckpointRepository:
                 continue
             self._claims[claim.attempt] = claim
             return claim
+
+    def note_too_large(self, attempt: int, rows: int) -> None:
+        """An attempt ran out of memory with so many rows a micro-step. Safe to repeat."""
+        self.store.put(layout.too_large_key(self.job_id, attempt, rows), b"")
+
+    def too_large(self) -> int | None:
+        """The fewest rows a micro-step that any attempt ran out of memory with."""
+        keys = (info.key for info in self.store.list(layout.claims_prefix(self.job_id)))
+        return min((rows for key in keys if (rows := layout.parse_too_large(key))), default=None)
 
     def committed(self) -> list[CheckpointRef]:
         """Every checkpoint with a manifest, current or superseded, by step and attempt."""
@@ -189,8 +209,30 @@ class CheckpointRepository:
     def upload_part(
         self, ref: CheckpointRef, part: Part, path: Path, progress: Progress | None = None
     ) -> None:
-        """Upload one part's file. Nothing refers to it before the commit; safe to repeat."""
-        self.store.put_file(self._part_key(ref, part), path, progress)
+        """Upload one part's file. Nothing refers to it before the commit; safe to repeat.
+
+        A part that is there whole was put there by an earlier try: its key is this attempt's own.
+        """
+        info = self.store.head(self._part_key(ref, part))
+        if info is None or info.size_bytes != part.size_bytes:
+            self.store.put_file(self._part_key(ref, part), path, progress)
+
+    def put_share(self, ref: CheckpointRef, share: Share) -> None:
+        """Tell rank 0 that a rank's parts are uploaded. Safe to repeat."""
+        key = layout.share_key(ref.job_id, ref.step, ref.attempt, share.rank)
+        self.store.put(key, share.encode())
+
+    def gather(self, share: Share) -> Manifest:
+        """The whole manifest from rank 0's share; ShareMissingError while another's is missing."""
+        assert share.draft is not None, "only rank 0 commits"
+        ref, parts = share.draft.ref, share.parts
+        for rank in range(1, share.ranks):
+            key = layout.share_key(ref.job_id, ref.step, ref.attempt, rank)
+            try:
+                parts += Share.decode(self.store.get(key), key).parts
+            except NotFoundError as error:
+                raise ShareMissingError(key) from error
+        return Manifest(**{**dict(share.draft), "parts": parts})
 
     def commit(self, manifest: Manifest) -> None:
         """Make a checkpoint exist. All its parts must be uploaded. Safe to repeat.
@@ -267,6 +309,27 @@ class CheckpointRepository:
             except CorruptCheckpointError as error:
                 wrong.append(error)
         return tuple(wrong)
+
+    def read_current(self, step: int | None, read: Callable[[CheckpointRef], T]) -> T:
+        """What read makes of the current checkpoint at a step, or of the newest.
+
+        A job that trains may prune it meanwhile: then it is chosen anew.
+
+        Raises:
+            NotFoundError: there is none.
+            CorruptCheckpointError: as read found it.
+        """
+        for _ in range(CHOICES):
+            found = [ref for ref in self.current() if step is None or ref.step == step]
+            if not found:
+                break
+            try:
+                return read(found[0])
+            except (NotFoundError, CorruptCheckpointError):
+                if found[0] in self.committed():
+                    raise
+        wanted = "latest" if step is None else step
+        raise NotFoundError(f"{self.job_id}@{wanted} was deleted a moment ago")
 
     def newest_loadable(
         self, load: Callable[[CheckpointRef, Manifest], T]

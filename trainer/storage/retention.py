@@ -1,6 +1,6 @@
 """Which checkpoints to keep: a pure decision, then the deletions, each safe to interrupt.
 
-Reads and deletes through a repository's store; never writes.
+Reads and deletes through a repository's store; writes nothing there but the retention in force.
 
 Invariant: the last two current checkpoints, the latest attempt's start and whatever the caller
 protects are never deleted. A manifest goes before its parts, so that no reader meets a checkpoint
@@ -10,11 +10,13 @@ with holes; what a crash leaves are parts without a manifest, swept later.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from typing import Self
 
+from trainer.contract.spec import CheckpointSpec
 from trainer.storage import layout
-from trainer.storage.manifest import CheckpointRef, ManifestError
+from trainer.storage.manifest import CheckpointRef, ManifestError, RetentionDocument
 from trainer.storage.object_store import NotFoundError
 from trainer.storage.repository import CheckpointRepository, select_current
 
@@ -28,6 +30,27 @@ class Retention:
     keep_last: int = 3
     keep_every_steps: int = 0
     keep_best: bool = True
+
+    @classmethod
+    def of(cls, told: CheckpointSpec | RetentionDocument) -> Self:
+        """What a spec, or what was put in force after it, says."""
+        return cls(told.keep_last, told.keep_every_steps, told.keep_best)
+
+
+def put_in_force(repository: CheckpointRepository, retention: Retention) -> None:
+    """Let a job keep other checkpoints than its spec says. Safe to repeat."""
+    key = layout.retention_key(repository.job_id)
+    repository.store.put(key, RetentionDocument(**asdict(retention)).encode())
+
+
+def retention_in_force(repository: CheckpointRepository, asked: Retention) -> Retention:
+    """What a job keeps now; asked: by its spec. DocumentError where it can't be read."""
+    key = layout.retention_key(repository.job_id)
+    try:
+        found = RetentionDocument.decode(repository.store.get(key), key)
+    except NotFoundError:
+        return asked
+    return Retention.of(found)
 
 
 @dataclass(frozen=True)

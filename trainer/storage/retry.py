@@ -1,0 +1,46 @@
+"""How a call to a store is tried again: pauses that double, drawn at random, within a budget.
+
+The one policy of retries above boto3's own (which answer a blip within one call). Safe only around
+what may be repeated: every use says why it is.
+
+Invariant: many workers that lose one store don't come back in step, and none hammers it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from trainer.storage.object_store import StoreUnavailableError
+
+T = TypeVar("T")
+
+FIRST_S = 0.5
+LONGEST_S = 30.0
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each further try, for ever: half to all of a step that doubles."""
+    step_s = FIRST_S
+    while True:
+        yield step_s * random.uniform(0.5, 1.0)
+        step_s = min(2 * step_s, LONGEST_S)
+
+
+def patiently(call: Callable[[], T], budget_s: float) -> T:
+    """The call's value, tried again while the store is away, for about budget_s at most.
+
+    Raises:
+        StoreUnavailableError: that of the last try, once the budget is spent.
+    """
+    deadline = time.monotonic() + budget_s
+    for pause_s in pauses():
+        try:
+            return call()
+        except StoreUnavailableError:
+            if time.monotonic() + pause_s > deadline:
+                raise
+        time.sleep(pause_s)
+    raise AssertionError("pauses don't end")

@@ -1,0 +1,55 @@
+"""Embedding tables: rows looked up, and their gradient added where it lies.
+
+Owns the way from token ids to rows of a table and back. Must not know the network.
+
+A table's gradient has the table's size, though a micro-step touches a few of its rows. Left to
+autograd each micro-step makes such a tensor and adds it up, and compiled code holds those of all
+tables at once: here rows are added to the gradient that is there. An fp32 table has no second one;
+of others a micro-step's sum in fp32 exists, a table at a time.
+
+Invariant: after a backward pass a table's grad has grown by the sum of its rows' gradients, summed
+in fp32 within a micro-step; the same bits every time.
+
+Shape legend: B rows, T positions, C width, P padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def look_up(table_PC: nn.Parameter, idx_BT: Tensor) -> Tensor:
+    """[B, T] token ids -> [B, T, C]. A backward pass adds to table_PC.grad and returns nothing.
+
+    Not for use in compiled code: a compiled graph can't see the gradient that it would add to.
+    """
+    rows_BTC: Tensor = _Rows.apply(table_PC, idx_BT)  # type: ignore[no-untyped-call]
+    return rows_BTC
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table_PC: nn.Parameter, idx_BT: Tensor) -> Tensor:
+        ctx.table = table_PC  # not saved_tensors: its grad is what backward is for
+        ctx.save_for_backward(idx_BT)
+        return F.embedding(idx_BT, table_PC)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
+        (grad_BTC,) = grad_outputs
+        (idx_BT,) = ctx.saved_tensors
+        table_PC = ctx.table
+        if table_PC.grad is None:
+            table_PC.grad = torch.zeros_like(table_PC)
+        if table_PC.dtype is torch.float32:
+            table_PC.grad.index_add_(0, idx_BT.flatten(), grad_BTC.flatten(0, 1))
+        else:  # one row after another would be lost to rounding: the micro-step's sum first
+            sum_PC = torch.ops.aten.embedding_dense_backward(
+                grad_BTC.float(), idx_BT, table_PC.size(0), -1, False
+            )
+            table_PC.grad.add_(sum_PC)
+        return None, None
