@@ -12,24 +12,22 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from pydantic import ValidationError
+from typing import Self
 
 from everstep.connection import Connection, Endpoint
-from everstep.errors import InvalidSpecError, ServiceUnreachableError
-from everstep.specs import dict_to_proto, spec_to_proto
+from everstep.errors import ServiceUnreachableError
+from everstep.specs import AnySpec, spec_message
+from everstep.uploads import upload
 from everstep.v1 import everstep_pb2 as pb
-from trainer.contract.spec import JobSpec
-from trainer.contract.violations import SpecError, Violation, from_pydantic
 
 CALL_S = 30.0
 PLAN_S = 120.0  # a builtin corpus may be prepared first
 STOP_S = 300.0  # a running job checkpoints before it stops
 VERIFY_S = 3600.0  # every byte is read back, one checkpoint at a time
+TRANSFER_S = 3600.0  # a whole state is read and written
 WINDOW_STEPS = 10_000  # of a metric history in one answer
 PAGE_SIZE = 100
 WATCH_PATIENCE_S = 120.0  # a service that restarts is back in seconds; a box, in a minute or two
@@ -37,9 +35,6 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 FINAL_STATES = frozenset(
     {pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED},
 )
-
-# A validated spec, the part of one that somebody wrote down, or the message itself.
-AnySpec = JobSpec | Mapping[str, Any] | pb.JobSpec
 
 
 class Client:
@@ -65,7 +60,7 @@ class Client:
     def from_state(cls, folder: str | Path) -> Self:
         """The service that runs on a state folder of this machine, whatever EVERSTEP_* say."""
         local = Endpoint.of_state(folder)
-        return cls(local.address, local.token)
+        return cls(local.address, local.token, local.ca_cert)
 
     @property
     def address(self) -> str:
@@ -87,15 +82,17 @@ class Client:
     ) -> None:
         self.close()
 
-    def plan(self, spec: AnySpec, inherit: bool = False) -> pb.Plan:
+    def plan(self, spec: AnySpec, inherit: bool = False, device: str = "") -> pb.Plan:
         """What submit would run; nothing is created.
 
         inherit: fields that spec leaves out take the values of the job that start.from names.
+        device: the GPU to plan for; empty: what this cluster's jobs ran on.
 
         Raises:
             InvalidSpecError: with every violation.
         """
-        request = pb.PlanJobRequest(spec=_message(spec, inherit), inherit=inherit)
+        message = spec_message(spec, inherit)
+        request = pb.PlanJobRequest(spec=message, inherit=inherit, device=device)
         response: pb.PlanJobResponse = self._connection.unary("PlanJob", request, PLAN_S)
         return response.plan
 
@@ -112,7 +109,7 @@ class Client:
             RefusedError: a learning rate would jump, or request_id was used for another spec.
         """
         request = pb.SubmitJobRequest(
-            spec=_message(spec, inherit),
+            spec=spec_message(spec, inherit),
             request_id=request_id or str(uuid.uuid4()),
             inherit=inherit,
         )
@@ -195,6 +192,23 @@ class Client:
         response: pb.ResumeJobResponse = self._connection.unary("ResumeJob", request, CALL_S)
         return response.job
 
+    def update(
+        self, job_id: str, priority: int | None = None, retention: pb.CheckpointSpec | None = None
+    ) -> pb.Job:
+        """Give a job another priority, or let it keep other checkpoints: keep_* of retention."""
+        request = pb.UpdateJobRequest(job_id=job_id, priority=priority, retention=retention)
+        response: pb.UpdateJobResponse = self._connection.unary("UpdateJob", request, CALL_S)
+        return response.job
+
+    def delete(self, job_id: str, checkpoints: bool = False) -> None:
+        """Forget a final job, and its checkpoints if it has any; returns when it is gone.
+
+        Raises:
+            RefusedError: not final, has checkpoints, or others may still have to start from them.
+        """
+        request = pb.DeleteJobRequest(job_id=job_id, delete_checkpoints=checkpoints)
+        self._connection.unary("DeleteJob", request, TRANSFER_S)
+
     def checkpoints(self, job_id: str) -> Sequence[pb.Checkpoint]:
         """The committed checkpoints of a job, newest first."""
         request = pb.ListCheckpointsRequest(job_id=job_id)
@@ -224,11 +238,118 @@ class Client:
         request = pb.DeleteCheckpointRequest(checkpoint=checkpoint)
         self._connection.unary("DeleteCheckpoint", request, CALL_S)
 
-    def lineage(self, job_id: str) -> Sequence[pb.Ancestor]:
-        """The job, its parent, and so on back to fresh weights."""
+    def export(self, checkpoint: str, target: str, form: str = "") -> Sequence[str]:
+        """Write JOB@STEP or JOB@latest into a folder (file: or s3:); the URIs of its files.
+
+        form: nanochat (the default) or safetensors. file: is a folder where the service runs.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            RefusedError: it can't be read or written, or another transfer is under way.
+        """
+        request = pb.ExportCheckpointRequest(checkpoint=checkpoint, target=target, format=form)
+        answer: pb.ExportCheckpointResponse = self._connection.unary(
+            "ExportCheckpoint", request, TRANSFER_S
+        )
+        return answer.files
+
+    def import_checkpoint(self, source: str, spec: AnySpec) -> pb.Checkpoint:
+        """Make nanochat:<folder or s3 uri>@STEP the end of a job of its own, without training.
+
+        spec names data and tokenizer; model and batch are the checkpoint's. Safe to repeat.
+
+        Raises:
+            InvalidSpecError: source or spec can't be used.
+            RefusedError: a file is torn, or another transfer is under way.
+        """
+        request = pb.ImportCheckpointRequest(source=source, spec=spec_message(spec, inherit=True))
+        answer: pb.ImportCheckpointResponse = self._connection.unary(
+            "ImportCheckpoint", request, TRANSFER_S
+        )
+        return answer.checkpoint
+
+    def sample(
+        self,
+        checkpoint: str,
+        prompt: str = "",
+        *,
+        max_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Text that JOB@STEP or JOB@latest writes after a prompt, in pieces as they come.
+
+        max_tokens 0: 64. temperature 0: always the likeliest token. top_k 0: among all tokens.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            RefusedError: it can't be used, or another sample is being drawn.
+        """
+        request = pb.SampleCheckpointRequest(
+            checkpoint=checkpoint,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+        for piece in self._connection.stream("SampleCheckpoint", request):
+            yield piece.text
+
+    def put_file(
+        self,
+        path: str | Path,
+        folder: str,
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int], None] = lambda stored_bytes: None,
+    ) -> str:
+        """Store a parquet shard or a tokenizer's file in a data folder; its URI for specs.
+
+        Safe to repeat: what the store holds already isn't sent again. progress hears how many
+        bytes of the file are there.
+
+        Raises:
+            InvalidRequestError: no shard or tokenizer file by its name.
+            RefusedError: the name is taken by other content, or the service's disk is full.
+            OSError: the file can't be read.
+        """
+        return upload(self._connection, Path(path), folder, overwrite, progress)
+
+    def create_token(self, name: str, role: pb.Role) -> pb.CreateTokenResponse:
+        """A new token with its secret, which is told nowhere else; for admins.
+
+        Raises:
+            RefusedError: a token in use has the name, perhaps after an answer that was lost.
+        """
+        request = pb.CreateTokenRequest(name=name, role=role)
+        response: pb.CreateTokenResponse = self._connection.unary("CreateToken", request, CALL_S)
+        return response
+
+    def tokens(self) -> Sequence[pb.Token]:
+        """All tokens, oldest first, without their secrets; for admins."""
+        request = pb.ListTokensRequest()
+        response: pb.ListTokensResponse = self._connection.unary("ListTokens", request, CALL_S)
+        return response.tokens
+
+    def revoke_token(self, name: str) -> pb.Token:
+        """Take a token out of use, by its name or id; for admins. NotFoundError."""
+        request = pb.RevokeTokenRequest(name=name)
+        response: pb.RevokeTokenResponse = self._connection.unary("RevokeToken", request, CALL_S)
+        return response.token
+
+    def lineage(self, job_id: str) -> pb.GetLineageResponse:
+        """The job, its parent, and so on back to fresh weights; and jobs that forked from these."""
         request = pb.GetLineageRequest(job_id=job_id)
         response: pb.GetLineageResponse = self._connection.unary("GetLineage", request, CALL_S)
-        return response.ancestors
+        return response
+
+    def compare(self, job_ids: Sequence[str]) -> pb.CompareJobsResponse:
+        """Two jobs or more side by side; figures of different evaluation sets are withheld."""
+        request = pb.CompareJobsRequest(job_ids=job_ids)
+        response: pb.CompareJobsResponse = self._connection.unary("CompareJobs", request, CALL_S)
+        return response
 
     def metrics(
         self, job_id: str, start_step: int = 0, end_step: int = 0, max_points: int = 0
@@ -260,42 +381,3 @@ class Client:
 
 def _ends(record: pb.WatchJobResponse) -> bool:
     return record.event.kind == pb.EVENT_KIND_STATE_CHANGED and record.event.state in FINAL_STATES
-
-
-def _message(spec: AnySpec, inherit: bool) -> pb.JobSpec:
-    """A spec on the wire; InvalidSpecError where that can already be told here."""
-    if isinstance(spec, JobSpec):
-        return spec_to_proto(spec)
-    if isinstance(spec, pb.JobSpec):
-        return spec
-    try:
-        _check(spec, inherit)
-        return dict_to_proto(dict(spec))
-    except SpecError as error:
-        raise InvalidSpecError.of(error) from None
-
-
-def _check(spec: Mapping[str, Any], inherit: bool) -> None:
-    """Refuse what the wire couldn't carry or would change: unknown fields, wrong types, nulls."""
-    if not inherit:
-        JobSpec.parse(spec)
-        return
-    # Contradictions between fields can only be told with the parent's values: the service does.
-    found = [
-        Violation(field, None, "a value of the parent's can be replaced, not taken away")
-        for field in _nulls(spec)
-    ]
-    try:
-        JobSpec.model_validate(dict(spec))
-    except ValidationError as error:
-        found += [item for item in from_pydantic(error) if item.value is not None]
-    if found:
-        raise SpecError(found)
-
-
-def _nulls(spec: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in spec.items():
-        if value is None:
-            yield f"{prefix}{key}"
-        elif isinstance(value, Mapping):
-            yield from _nulls(value, f"{prefix}{key}.")

@@ -71,6 +71,7 @@ class Endpoint:
         if address is None:
             local = cls.of_state(environ.get("EVERSTEP_STATE") or DEFAULT_STATE)
             address, token = local.address, token or local.token
+            cert = cert or local.ca_cert
         return cls(address, token, Path(cert) if cert is not None else None)
 
     @classmethod
@@ -78,7 +79,8 @@ class Endpoint:
         """The service that runs on a state folder; ServiceUnreachableError if none does."""
         folder = Path(folder)
         try:
-            address = json.loads((folder / "service.json").read_text())["address"]
+            facts = json.loads((folder / "service.json").read_text())
+            address, cert = facts["address"], facts.get("ca_cert")
             token = (folder / "token").read_text().strip()
         except FileNotFoundError:
             message = f"no service runs on {folder}; {NO_SERVICE}"
@@ -86,7 +88,7 @@ class Endpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             message = f"{folder}/service.json can't be read: {error}"
             raise ServiceUnreachableError(message) from error
-        return cls(str(address), token)
+        return cls(str(address), token, folder / cert if cert else None)
 
 
 class Connection:

@@ -18,7 +18,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, start_http_server
 
 from service import standalone
-from service.errors import StorageAwayError
+from service.access import Keyring
+from service.deletions import Deletions
+from service.errors import StartError, StorageAwayError
 from service.interceptors import Gate
 from service.jobs import Job
 from service.lifecycle import Lifecycle
@@ -27,21 +29,24 @@ from service.parts import PartFailedError
 from service.ray_cluster import RayCluster
 from service.reconciler import Reconciler
 from service.reports import RunServicer
+from service.sampling import Sampler
 from service.server import Server
 from service.servicer import TrainingServicer
 from service.settings import Settings
 from service.storage import Storage
-from service.store import Database, JobStore, RecordStore
+from service.store import Database, DeletionStore, JobStore, RecordStore, Thinning, TokenStore
+from service.tls import Certificate, certificate
+from service.tokens import Tokens
+from service.transfers import Transfers
+from service.updates import Updates
+from service.uploads import Uploads
 from trainer.contract.credential import host_key
 from trainer.storage.object_store import ObjectStore, StoreError, open_store, probe
 
 STATES_EVERY_S = 2.0
+ANY_ADDRESS = ("0.0.0.0", "[::]", "")
 PROBE_S = 30.0  # a store that has just come up may need a moment
 log = logging.getLogger("everstep")
-
-
-class StartError(Exception):
-    """The service can't start; the message says what to do."""
 
 
 def main() -> None:
@@ -129,6 +134,7 @@ async def _run(
         raise StartError("set EVERSTEP_STORAGE and EVERSTEP_RAY_ADDRESS, or use --standalone")
     if settings.admin_token is None or settings.secret is None:
         raise StartError("set EVERSTEP_ADMIN_TOKEN and EVERSTEP_SECRET (32 bytes in hex)")
+    served_with = certificate(settings)
     store = open_store(settings.storage)
     await _probe(store)
     registry = CollectorRegistry()
@@ -138,7 +144,10 @@ async def _run(
         database = await Database.open(settings.state / "everstep.db")
         cleanup.push_async_callback(database.close)
         cleanup.push_async_callback(cluster.close)
-        server, reconciler = _compose(settings, store, database, cluster, metrics)
+        server, reconciler, deletions = await _compose(
+            settings, served_with, store, database, cluster, metrics
+        )
+        cleanup.push_async_callback(deletions.close)
         address = await _listen(server, settings)
         cleanup.push_async_callback(server.stop)
         metrics_url = _serve_metrics(settings.metrics_listen, registry)
@@ -146,27 +155,34 @@ async def _run(
         for job in await jobs.unfinished():
             if view := await jobs.view(job.id):
                 metrics.restore(view)
-        background = [reconciler.run(), _count_states(jobs, metrics)]
+        background = [
+            reconciler.run(),
+            deletions.run(),
+            Thinning(database).run(),
+            _count_states(jobs, metrics),
+        ]
         if parts is not None:
             background.append(parts.supervise(cluster.close))
         tasks = [asyncio.create_task(each) for each in background]
         cleanup.push_async_callback(_cancel, tasks)
-        _announce(settings, parts, address, metrics_url)
+        _announce(settings, served_with, parts, address, metrics_url)
         cleanup.callback((settings.state / "service.json").unlink, missing_ok=True)
         await stop.wait()
+        metrics.stopping.set(1)
         log.info("stopping")
         if settings.suspend_on_stop:
             log.info("checkpointing what runs")
             await reconciler.suspend()
 
 
-def _compose(
+async def _compose(
     settings: Settings,
+    served_with: Certificate | None,
     store: ObjectStore,
     database: Database,
     cluster: RayCluster,
     metrics: Metrics,
-) -> tuple[Server, Reconciler]:
+) -> tuple[Server, Reconciler, Deletions]:
     """Every part of the service, each handed what it needs."""
     assert settings.admin_token is not None
     assert settings.secret is not None
@@ -180,33 +196,53 @@ def _compose(
             "host_number": job.host_number,
             "storage_uri": settings.storage,
             "cache_dir": str(cache),
-            "service_address": settings.advertise or settings.listen,
-            "service_ca": None,
+            "service_address": settings.advertise or _local(settings.listen),
+            "service_ca": served_with.authority.read_text() if served_with else None,
             "host_key": host_key(secret, job.id, job.host_number),
             "num_workers": resources.workers.min,
             "gpus_per_worker": resources.gpus_per_worker,
             "cpus_per_worker": resources.cpus_per_worker,
         }
 
+    keyring = Keyring(settings.admin_token.get_secret_value())
+    tokens = Tokens(TokenStore(database), keyring)
+    await tokens.load()
     jobs, records = JobStore(database), RecordStore(database)
     reconciler = Reconciler(jobs, cluster, metrics, host_config)
-    storage = Storage(store)
+    storage = Storage(store, settings.data_roots)
     lifecycle = Lifecycle(database, storage, lambda: reconciler.capacity, reconciler.wake)
+    deletions = Deletions(lifecycle, jobs, DeletionStore(database), storage, metrics)
     server = Server(
-        Gate(settings.admin_token.get_secret_value(), secret, metrics),
-        TrainingServicer(lifecycle, storage),
+        Gate(keyring, secret, metrics),
+        TrainingServicer(
+            lifecycle,
+            storage,
+            Uploads(storage, settings.state / "uploads"),
+            Sampler(lifecycle, storage.uri),
+            Transfers(lifecycle, storage),
+            tokens,
+            Updates(lifecycle, jobs, storage, reconciler.wake),
+            deletions,
+        ),
         RunServicer(jobs, records, metrics, reconciler.directive),
+        served_with.credentials() if served_with else None,
     )
-    return server, reconciler
+    return server, reconciler, deletions
 
 
 async def _listen(server: Server, settings: Settings) -> str:
     """Start the server; the address that clients on this machine use."""
-    host, _, _port = settings.listen.rpartition(":")
     try:
-        return f"{host}:{await server.start(settings.listen)}"
+        port = await server.start(settings.listen)
     except RuntimeError as error:
         raise StartError(f"{settings.listen} can't be listened on; is it taken? {error}") from error
+    return _local(f"{settings.listen.rpartition(':')[0]}:{port}")
+
+
+def _local(listen: str) -> str:
+    """The address by which this machine reaches what listens on it."""
+    host, _, port = listen.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ANY_ADDRESS else listen
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
@@ -238,12 +274,19 @@ def _serve_metrics(listen: str, registry: CollectorRegistry) -> str:
 
 async def _count_states(jobs: JobStore, metrics: Metrics) -> None:
     while True:
-        metrics.set_states(await jobs.counts())
+        try:
+            metrics.set_states(await jobs.counts())
+        except Exception:  # the loop outlives a database that was busy
+            log.exception("jobs could not be counted")
         await asyncio.sleep(STATES_EVERY_S)
 
 
 def _announce(
-    settings: Settings, parts: standalone.Standalone | None, address: str, metrics_url: str
+    settings: Settings,
+    served_with: Certificate | None,
+    parts: standalone.Standalone | None,
+    address: str,
+    metrics_url: str,
 ) -> None:
     assert settings.admin_token is not None
     standalone.write_secret(
@@ -253,6 +296,7 @@ def _announce(
         settings.state / "service.json",
         {
             "address": address,
+            "ca_cert": str(served_with.authority.resolve()) if served_with else None,
             "metrics_url": metrics_url,
             "s3_endpoint": parts.wiring.s3_endpoint
             if parts

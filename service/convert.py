@@ -6,19 +6,23 @@ Invariant: a spec that goes out comes back in equal: `spec_from_proto(spec_to_pr
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import cast
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from everstep.plans import plan_to_proto
 from everstep.specs import spec_dict_from_proto, spec_to_proto
 from everstep.v1 import everstep_pb2 as pb
+from service.access import Role
+from service.errors import InvalidRequestError
 from service.jobs import Attempt, Desired, JobView, Record
-from trainer.contract.plan import Plan, RateRow
-from trainer.contract.schedule import GroupValues
+from service.lineage import Ancestor
+from service.store import Token
 from trainer.contract.states import JobState
 from trainer.storage.manifest import CheckpointRef, Manifest
 
-__all__ = ["spec_dict_from_proto", "spec_to_proto"]
+__all__ = ["ancestor_to_proto", "plan_to_proto", "spec_dict_from_proto", "spec_to_proto"]
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:
@@ -45,6 +49,26 @@ def state_from_proto(number: pb.JobState) -> JobState:
     return JobState(pb.JobState.Name(number).removeprefix("JOB_STATE_"))
 
 
+def role_from_proto(number: pb.Role) -> Role:
+    """A token's role; InvalidRequestError where it is none."""
+    try:
+        return Role(number)
+    except ValueError:
+        known = ", ".join(role.name.lower() for role in Role)
+        raise InvalidRequestError(f"role: {number}: must be one of {known}") from None
+
+
+def token_to_proto(token: Token) -> pb.Token:
+    """A token without its secret."""
+    return pb.Token(
+        id=token.id,
+        name=token.name,
+        role=cast("pb.Role", Role[token.role].value),
+        create_time=timestamp(token.created_at),
+        revoke_time=timestamp(token.revoked_at),
+    )
+
+
 def ref_to_proto(ref: CheckpointRef | None) -> pb.CheckpointRef | None:
     """A checkpoint's name."""
     if ref is None:
@@ -55,16 +79,6 @@ def ref_to_proto(ref: CheckpointRef | None) -> pb.CheckpointRef | None:
 def ref_from_proto(ref: pb.CheckpointRef) -> CheckpointRef:
     """The inverse."""
     return CheckpointRef(job_id=ref.job_id, step=ref.step, attempt=ref.attempt)
-
-
-def values_to_proto(group: str, values: GroupValues) -> pb.GroupValues:
-    """One group's values."""
-    return pb.GroupValues(
-        group=group,
-        learning_rate=values.lr,
-        momentum=values.momentum,
-        weight_decay=values.weight_decay,
-    )
 
 
 def attempt_to_proto(attempt: Attempt) -> pb.Attempt:
@@ -114,49 +128,9 @@ def record_to_proto(record: Record) -> pb.WatchJobResponse:
     return message
 
 
-def plan_to_proto(plan: Plan, start: CheckpointRef | None) -> pb.Plan:
-    """A plan."""
-    shape, counts = plan.shape, plan.counts
-    return pb.Plan(
-        spec=spec_to_proto(plan.spec),
-        shape=pb.Shape(
-            n_layer=shape.n_layer,
-            n_embd=shape.n_embd,
-            n_head=shape.n_head,
-            n_kv_head=shape.n_kv_head,
-            vocab_size=shape.vocab_size,
-            padded_vocab_size=shape.padded_vocab_size,
-            sequence_len=shape.sequence_len,
-        ),
-        parameters=[
-            pb.ParameterCount(kind=kind, count=getattr(counts, kind))
-            for kind in ("wte", "value_embeds", "lm_head", "matrices", "scalars")
-        ],
-        parameters_total=counts.total,
-        flops_per_token=plan.flops_per_token,
-        grad_accum_steps=plan.grad_accum_steps,
-        start_step=plan.start_step,
-        steps=plan.steps,
-        tokens=plan.tokens,
-        rates=[_rate_row(row) for row in plan.rates],
-        start=ref_to_proto(start),
-        refusals=[str(jump) for jump in plan.jumps],
-        warnings=plan.warnings,
-        checkpoint_bytes=plan.checkpoint_bytes,
-        steps_at_risk=plan.steps_at_risk,
-    )
-
-
-def _rate_row(row: RateRow) -> pb.RateRow:
-    return pb.RateRow(
-        group=row.group,
-        parent=values_to_proto(row.group, row.parent) if row.parent else None,
-        points=[
-            pb.RatePoint(step=step, values=values_to_proto(row.group, values))
-            for step, values in row.points
-        ],
-        learning_rate_ratio=row.ratio,
-    )
+def ancestor_to_proto(ancestor: Ancestor) -> pb.Ancestor:
+    """One job of a lineage."""
+    return pb.Ancestor(**asdict(ancestor))
 
 
 def checkpoint_to_proto(manifest: Manifest, uri: str) -> pb.Checkpoint:

@@ -7,6 +7,10 @@ Raised by lifecycle and its neighbours; interceptors.py holds the one table to g
 from __future__ import annotations
 
 
+class StartError(Exception):
+    """The service can't start; the message says what to do."""
+
+
 class ServiceError(Exception):
     """Base of all refusals. reason is a stable word for programs, the message is for people."""
 
@@ -23,6 +27,12 @@ class CheckpointNotFoundError(JobNotFoundError):
     """The job has no such checkpoint: check the step."""
 
     reason = "CHECKPOINT_NOT_FOUND"
+
+
+class TokenNotFoundError(JobNotFoundError):
+    """No such token: check the name."""
+
+    reason = "TOKEN_NOT_FOUND"
 
 
 class RequestReusedError(ServiceError):
@@ -43,10 +53,34 @@ class LearningRateJumpError(PreconditionError):
     reason = "LEARNING_RATE_JUMP"
 
 
+class JobInUseError(PreconditionError):
+    """Jobs that started from its checkpoints still need them: the message says which."""
+
+    reason = "JOB_IN_USE"
+
+
 class CheckpointNeededError(PreconditionError):
     """Somebody depends on the checkpoint, so it may not be deleted: the message says who."""
 
     reason = "CHECKPOINT_NEEDED"
+
+
+class FileExistsElsewiseError(PreconditionError):
+    """A file of this name holds other content: choose another name, or overwrite."""
+
+    reason = "FILE_EXISTS"
+
+
+class NoSpaceError(ServiceError):
+    """A disk is too full: make room."""
+
+    reason = "NO_SPACE"
+
+
+class BusyError(ServiceError):
+    """Somebody else's request of this kind is under way: try again later."""
+
+    reason = "BUSY"
 
 
 class StorageAwayError(ServiceError):
@@ -83,6 +117,12 @@ class InvalidRequestError(ServiceError):
     """A field of the request itself (not of a spec) is wrong."""
 
     reason = "INVALID_REQUEST"
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Raise InvalidRequestError, which names field, value and bound, unless it holds."""
+    if not holds:
+        raise InvalidRequestError(otherwise)
 
 
 class StaleAttemptError(ServiceError):

@@ -12,16 +12,24 @@ from everstep.v1 import everstep_pb2 as pb
 from service import convert
 from service.jobs import Job
 from service.store import NewRecord
+from trainer.storage.manifest import Manifest
 
 
-def state_changed(job: Job, now: float, step: int = 0) -> NewRecord:
-    """A job entered its state, for its reason."""
+def state_changed(job: Job, now: float, step: int = 0, actor: str = "") -> NewRecord:
+    """A job entered its state, for its reason; actor: by whose token, where somebody asked."""
     event = pb.Event(
         kind=pb.EVENT_KIND_STATE_CHANGED,
         message=job.reason,
         state=convert.state_to_proto(job.state),
         step=step,
+        actor=actor,
     )
+    return event_record(event, now)
+
+
+def requested(message: str, actor: str, now: float, step: int = 0) -> NewRecord:
+    """Somebody asked something of a job."""
+    event = pb.Event(kind=pb.EVENT_KIND_REQUESTED, message=message, actor=actor, step=step)
     return event_record(event, now)
 
 
@@ -44,6 +52,17 @@ def attempt_ended(number: int, outcome: str, message: str, step: int, now: float
 def warning(message: str, now: float, attempt: int = 0) -> NewRecord:
     """Something to know that stops nothing."""
     return event_record(pb.Event(kind=pb.EVENT_KIND_WARNING, message=message), now, attempt)
+
+
+def imported(manifest: Manifest, now: float) -> NewRecord:
+    """A checkpoint of another trainer was brought in."""
+    event = pb.Event(
+        kind=pb.EVENT_KIND_CHECKPOINT_COMMITTED,
+        message=f"imported from {manifest.versions.get('imported_from', '')}",
+        step=manifest.step,
+        checkpoint=convert.ref_to_proto(manifest.ref),
+    )
+    return event_record(event, now, manifest.attempt)
 
 
 def event_record(event: pb.Event, time: float, attempt: int = 0) -> NewRecord:

@@ -1,45 +1,34 @@
 """What every call passes through: authentication, timing, and the one table error -> gRPC status.
 
-Invariant: a method without a rule in RULES is refused, and no exception reaches a client as itself:
-what the table doesn't hold becomes INTERNAL with a number to look up in the log.
+Invariant: a method without a rule in access.RULES is refused, and no exception reaches a client as
+itself: what the table doesn't hold becomes INTERNAL with a number to look up in the log.
 """
 
 from __future__ import annotations
 
-import hmac
+import inspect
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from service import errors
+from service import access, errors
+from service.access import RULES, Keyring, Other
 from service.metrics import Metrics
 from trainer.contract.credential import AttemptIdentity, BadCredentialError, check_credential
 from trainer.contract.violations import SpecError
 
 DOMAIN = "everstep"
 BEARER = "bearer "
-OPEN = "open"
-ADMIN = "admin"
-ATTEMPT = "attempt"
-TRAINING = "/everstep.v1.TrainingService/"
-
-# Who may call what. health and reflection tell nothing that is not in the public .proto.
-RULES: dict[str, str] = {
-    TRAINING: ADMIN,
-    "/everstep.v1.RunService/": ATTEMPT,
-    "/grpc.health.v1.Health/": OPEN,
-    "/grpc.reflection.v1alpha.ServerReflection/": OPEN,
-    "/grpc.reflection.v1.ServerReflection/": OPEN,
-}
 
 STATUSES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (SpecError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -47,6 +36,8 @@ STATUSES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (errors.JobNotFoundError, grpc.StatusCode.NOT_FOUND),
     (errors.RequestReusedError, grpc.StatusCode.ALREADY_EXISTS),
     (errors.PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.NoSpaceError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.StaleAttemptError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StorageAwayError, grpc.StatusCode.UNAVAILABLE),
     (errors.StoredDataError, grpc.StatusCode.DATA_LOSS),
@@ -70,8 +61,9 @@ log = logging.getLogger(__name__)
 class Gate(grpc.aio.ServerInterceptor):
     """Lets a call in, times it, and words its errors."""
 
-    def __init__(self, admin_token: str, secret: bytes, metrics: Metrics) -> None:
-        self._admin_token = admin_token
+    def __init__(self, keyring: Keyring, secret: bytes, metrics: Metrics) -> None:
+        """keyring: the tokens in use. secret: what attempts' credentials are derived from."""
+        self._keyring = keyring
         self._secret = secret
         self._metrics = metrics
 
@@ -90,13 +82,13 @@ class Gate(grpc.aio.ServerInterceptor):
         return _rebuild(handler, self._unary(method, handler))
 
     def _unary(self, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
-        inner = handler.stream_unary or handler.unary_unary
+        inner, decode = handler.stream_unary or handler.unary_unary, _decoder(handler)
 
         async def call(request: Any, context: Context) -> Any:
             with self._timed(method) as outcome:
                 try:
-                    caller.set(self._admit(method, context))
-                    return await inner(request, context)
+                    self._admit(method, context)
+                    return await inner(decode(request), context)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -107,14 +99,24 @@ class Gate(grpc.aio.ServerInterceptor):
         return call
 
     def _streaming(self, method: str, handler: Any) -> Callable[..., AsyncIterator[Any]]:
-        inner = handler.stream_stream or handler.unary_stream
+        inner, decode = handler.stream_stream or handler.unary_stream, _decoder(handler)
 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             code = "OK"
             try:
-                caller.set(self._admit(method, context))
-                async for response in inner(request, context):
-                    yield response
+                self._admit(method, context)
+                admitted = self._keyring.version
+                answers = inner(decode(request), context)
+                if inspect.iscoroutine(answers):  # health's Watch writes by itself
+                    await answers
+                    return
+                # Closed with us: a caller who hangs up must not leave what it started behind.
+                async with aclosing(answers) as responses:
+                    async for response in responses:
+                        if admitted != self._keyring.version:  # perhaps its token was revoked
+                            self._admit(method, context)
+                            admitted = self._keyring.version
+                        yield response
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -137,37 +139,53 @@ class Gate(grpc.aio.ServerInterceptor):
             self._metrics.rpcs.labels(**labels).inc()
             self._metrics.rpc_seconds.labels(**labels).observe(time.monotonic() - began)
 
-    def _admit(self, method: str, context: Context) -> AttemptIdentity | None:
-        rule = RULES.get(method[: method.rfind("/") + 1])
-        if rule == OPEN:
-            return None
+    def _admit(self, method: str, context: Context) -> None:
+        """Let the caller in and remember who it is, or raise."""
+        rule = RULES.get(method)
+        if rule is Other.OPEN:
+            return
         metadata = dict(context.invocation_metadata() or ())
         header = metadata.get("authorization", "")
         text = header.decode(errors="replace") if isinstance(header, bytes) else header
         if not text.lower().startswith(BEARER):
             raise errors.UnauthenticatedError("needs a bearer token (EVERSTEP_TOKEN)")
         token = text[len(BEARER) :].strip()
-        if rule == ATTEMPT:
+        if rule is Other.ATTEMPT:
             try:
-                return check_credential(self._secret, token)
+                caller.set(check_credential(self._secret, token))
             except BadCredentialError as error:
-                raise errors.UnauthenticatedError(f"the credential is {error}") from error
-        if not hmac.compare_digest(token.encode(), self._admin_token.encode()):
-            raise errors.UnauthenticatedError("the token is not one of this service's")
-        if rule != ADMIN:
-            raise errors.ForbiddenError(f"no rule allows {method}")
-        return None
+                raise errors.UnauthenticatedError("not the credential of an attempt") from error
+            return
+        holder = self._keyring.identify(token)
+        access.permit(method, holder)
+        access.identity.set(holder)
+
+
+def _decoder(handler: Any) -> Callable[[Any], Any]:
+    """From the bytes that came to what the method takes: once the caller was let in, and worded."""
+
+    def decode(raw: bytes) -> Any:
+        try:
+            return handler.request_deserializer(raw)
+        except DecodeError:
+            raise errors.InvalidRequestError("the request is no message of this call") from None
+
+    async def each(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for raw in requests:
+            yield decode(raw)
+
+    return each if handler.request_streaming else decode
 
 
 def _rebuild(handler: Any, behaviour: Any) -> Any:
-    """A handler of the same shape around another behaviour."""
+    """A handler of the same shape around another behaviour, which is given bytes."""
     shape = ("stream" if handler.request_streaming else "unary") + (
         "_stream" if handler.response_streaming else "_unary"
     )
     build = getattr(grpc, f"{shape}_rpc_method_handler")
     return build(
         behaviour,
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=None,
         response_serializer=handler.response_serializer,
     )
 
@@ -191,13 +209,19 @@ def describe(error: Exception) -> tuple[grpc.StatusCode, str, list[Any]]:
                 message = _cut(f"the spec is refused: {error}", MESSAGE_BYTES)
                 return code, message, [_bad_request(error)]
             assert isinstance(error, errors.ServiceError)
-            info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
-            return code, str(error), [info]
+            return code, str(error), [_info(error.reason)]
     if isinstance(error, NotImplementedError):  # from the generated base class
-        return grpc.StatusCode.UNIMPLEMENTED, "a later release answers this call", []
+        code = grpc.StatusCode.UNIMPLEMENTED
+        return code, "a later release answers this call", [_info(code.name)]
     number = secrets.token_hex(4)
     log.error("internal error %s", number, exc_info=error)
-    return grpc.StatusCode.INTERNAL, f"internal error; number {number} in the service's log", []
+    code = grpc.StatusCode.INTERNAL
+    words = f"internal error; number {number} in the service's log"
+    return code, words, [_info(code.name)]
+
+
+def _info(reason: str) -> error_details_pb2.ErrorInfo:
+    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
 
 
 def _bad_request(error: SpecError) -> error_details_pb2.BadRequest:

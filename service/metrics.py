@@ -63,7 +63,20 @@ class Metrics:
         self.checkpoint_stall = counter(
             "checkpoint_stall_seconds_total", "Time that training stopped for checkpoints."
         )
+        self.checkpoint_postponed = counter(
+            "checkpoint_postponed_seconds_total",
+            "Time that due checkpoints waited for memory: back-pressure of disk or store.",
+        )
         self.restarts = counter("restarts_total", "New attempts, by cause.", (*JOB, "cause"))
+        by_gpu = (*JOB, "gpu")
+        self.gpu_memory_used = gauge("gpu_memory_used_bytes", "In use on the GPU.", by_gpu)
+        self.gpu_memory_total = gauge("gpu_memory_total_bytes", "Memory of the GPU.", by_gpu)
+        self.gpu_utilization = gauge("gpu_utilization_ratio", "Time with a kernel.", by_gpu)
+        self.gpu_power = gauge("gpu_power_watts", "Drawn by the GPU.", by_gpu)
+        self.gpu_temperature = gauge("gpu_temperature_celsius", "Of the GPU's core.", by_gpu)
+        self.gpu_energy = counter("gpu_energy_joules_total", "Used by the GPU.", by_gpu)
+        self._energy: dict[tuple[str, int], float] = {}  # job and GPU -> of its attempt so far
+        self.stopping = gauge("stopping", "1 while the service checkpoints and stops.", ())
         self.queue_wait = Histogram(
             "everstep_queue_wait_seconds", "From submission to training.", registry=registry,
             buckets=(1, 3, 10, 30, 100, 300, 1000, 3600, 36_000),
@@ -105,6 +118,26 @@ class Metrics:
             self.momentum.labels(**group).set(values.momentum)
             self.weight_decay.labels(**group).set(values.weight_decay)
 
+        for sample in point.devices:
+            self._observe_gpu(job.id, {**labels, "gpu": str(sample.index)}, sample)
+
+    def _observe_gpu(self, job_id: str, labels: dict[str, str], sample: pb.DeviceSample) -> None:
+        self.gpu_memory_used.labels(**labels).set(sample.memory_used_bytes)
+        self.gpu_memory_total.labels(**labels).set(sample.memory_total_bytes)
+        for metric, field in (
+            (self.gpu_utilization, "utilization_ratio"),
+            (self.gpu_power, "power_watts"),
+            (self.gpu_temperature, "temperature_celsius"),
+        ):
+            if sample.HasField(field):
+                metric.labels(**labels).set(getattr(sample, field))
+        if sample.HasField("energy_joules"):
+            before = self._energy.get((job_id, sample.index), 0.0)
+            # A new attempt counts from 0 again.
+            grown = sample.energy_joules - (before if before <= sample.energy_joules else 0.0)
+            self.gpu_energy.labels(**labels).inc(grown)
+            self._energy[job_id, sample.index] = sample.energy_joules
+
     def observe_event(self, job: Job, event: pb.Event, at: float) -> None:
         """What an attempt says happened."""
         labels = {"job_id": job.id, "job_name": job.spec.name}
@@ -116,6 +149,7 @@ class Metrics:
                 self.checkpoint_bytes.labels(**labels).set(event.checkpoint_bytes)
                 self.checkpoint_seconds.labels(**labels).set(event.checkpoint_s)
                 self.checkpoint_stall.labels(**labels).inc(event.checkpoint_stall_s)
+                self.checkpoint_postponed.labels(**labels).inc(event.checkpoint_postponed_s)
 
     def restore(self, view: JobView) -> None:
         """What a service that has just started knows of a job: alerts must not wait for news."""
@@ -138,6 +172,7 @@ class Metrics:
         """Drop a job's series."""
         for metric in self._of_jobs:
             metric.remove_by_labels({"job_id": job_id})
+        self._energy = {key: value for key, value in self._energy.items() if key[0] != job_id}
 
 
 class _JobStates(Collector):

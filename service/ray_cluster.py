@@ -41,6 +41,7 @@ class HostStatus:
     answered: bool
     finished: bool = False
     results: tuple[dict[str, Any], ...] = ()
+    budget_spent: bool = False  # why it is finished
 
 
 class RayCluster:

@@ -5,7 +5,8 @@ with each job. Nothing is remembered between ticks but when a stop was asked for
 die at any line: the next tick of the next service goes on.
 
 Invariant: a job has at most one host that counts, the one with its host_number; any other is
-killed. A host is only given up for dead when the cluster answers and doesn't know it.
+killed. A host is given up for dead on two signs only: the cluster answers and doesn't know it, and
+nothing that it started still reports.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from service.metrics import Metrics
 from service.ray_cluster import HostStatus, RayCluster
 from service.scheduler import Capacity, decide
 from service.store import JobStore
-from trainer.contract.outcome import RESTART_BUDGET, AttemptResult, Outcome, Policy
+from trainer.contract.outcome import (
+    RESTART_WINDOW_S,
+    AttemptResult,
+    Outcome,
+    Policy,
+    counts,
+    pause_before_restart,
+)
 from trainer.contract.states import JobState
 
 TICK_S = 1.0
@@ -33,6 +41,7 @@ STOP_GRACE_S = 120.0  # from a stop's request to the hard stop: one step, one ch
 # Between two hosts of one job, when those before are lost: a host that can't live must not be
 # started every tick.
 HOST_PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)
+HEARD_S = 5.0  # an attempt that reported so lately is alive; it does so twice a second
 SUSPEND_GRACE_S = 90.0  # the same when the service takes the cluster down with it
 log = logging.getLogger(__name__)
 
@@ -62,6 +71,8 @@ class Reconciler:
         self._awake = asyncio.Event()
         self._stop_asked: dict[str, float] = {}  # job id -> monotonic time
         self._hosts_lost: dict[str, tuple[int, float]] = {}  # job id -> how many, when the last
+        self._heard: dict[str, float] = {}  # job id -> when its attempt reported last, monotonic
+        self._making_way: dict[str, str] = {}  # job id -> the job that it was stopped for
         self._suspending = False
         self.capacity: Capacity | None = None
 
@@ -70,10 +81,13 @@ class Reconciler:
         self._awake.set()
 
     def directive(self, job: Job) -> pb.Directive:
-        """What the attempt of a job should be told."""
-        if self._suspending or job.desired is not Desired.RUNNING:
-            return pb.DIRECTIVE_STOP
-        return pb.DIRECTIVE_UNSPECIFIED
+        """What the attempt of a job should be told; it reported a moment ago."""
+        self._heard[job.id] = time.monotonic()
+        return pb.DIRECTIVE_STOP if self._stops(job) else pb.DIRECTIVE_UNSPECIFIED
+
+    def _stops(self, job: Job) -> bool:
+        """Whether its attempt should end, whatever becomes of the job then."""
+        return self._suspending or job.desired is not Desired.RUNNING or job.id in self._making_way
 
     async def run(self) -> None:
         """Tick for ever."""
@@ -138,7 +152,7 @@ class Reconciler:
         if host is None:
             await self._without_host(job)
             return
-        stopping = job.desired is not Desired.RUNNING or self._suspending
+        stopping = self._stops(job)
         if not stopping:
             self._stop_asked.pop(job.id, None)  # a stop that was taken back: the next has its grace
         if not host.answered:
@@ -149,7 +163,7 @@ class Reconciler:
         failed = await self._note_ends(job, results)
         if host.finished:
             # First the state: a host whose job somebody changed meanwhile is asked again.
-            await self._conclude(job, results)
+            await self._conclude(job, results, host.budget_spent)
         elif stopping:
             await self._press_stop(job)
         elif failed and job.state is JobState.RUNNING:
@@ -159,11 +173,18 @@ class Reconciler:
 
     async def _without_host(self, job: Job) -> None:
         """The cluster answers and doesn't know the host: it died, or was never started."""
+        if time.monotonic() - self._heard.get(job.id, -HEARD_S) < HEARD_S:
+            return  # its workers live, whatever the cluster says
         await self._end_lost_attempts(job)
-        if job.desired is not Desired.RUNNING or self._suspending:
+        ends = await self._counted_ends(job)
+        pause_s = pause_before_restart(ends)
+        if self._stops(job):
             reason = "stopped when its host was already gone; the last committed checkpoint stands"
             await self._move(job, STOPPED_AS[job.desired], reason)
-        elif self._may_start_again(job):
+        elif pause_s is None:
+            reason = f"restart budget spent; {Outcome.HOST_LOST}: its host is gone"
+            await self._move(job, JobState.FAILED, reason)
+        elif time.time() >= max(ends, default=0.0) + pause_s and self._may_start_again(job):
             await self._start(job, "its host is gone; another one starts")
 
     def _may_start_again(self, job: Job) -> bool:
@@ -185,14 +206,24 @@ class Reconciler:
                 lost = AttemptResult(attempt.number, Outcome.HOST_LOST, "its host is gone", step)
                 await self._note_ends(job, [lost])
 
-    async def _conclude(self, job: Job, results: list[AttemptResult]) -> None:
+    async def _counted_ends(self, job: Job) -> list[float]:
+        """When attempts of a job ended lately that its budget of restarts pays for."""
+        view = await self._jobs.view(job.id)
+        since = time.time() - RESTART_WINDOW_S
+        return [
+            attempt.ended_at
+            for attempt in (view.attempts if view else ())
+            if attempt.ended_at is not None
+            and attempt.ended_at > since
+            and counts(Outcome(attempt.outcome))
+        ]
+
+    async def _conclude(self, job: Job, results: list[AttemptResult], budget_spent: bool) -> None:
         """The host is done: so is the job, unless it was set aside."""
         self._stop_asked.pop(job.id, None)
         last = results[-1]
         # With restarts left, a host ends only because it was told to start no other attempt.
-        told = last.policy is Policy.RESTART and (
-            len(results) <= RESTART_BUDGET or job.desired is not Desired.RUNNING or self._suspending
-        )
+        told = last.policy is Policy.RESTART and (not budget_spent or self._stops(job))
         to, reason = STOPPED_AS[job.desired], last.message
         if last.outcome is Outcome.COMPLETED:
             to = JobState.SUCCEEDED
@@ -206,7 +237,7 @@ class Reconciler:
         """Record how attempts ended, each once; whether the newest of them is news."""
         news = False
         for result in results:
-            now = time.time()
+            now = result.ended_at or time.time()
             record = events.attempt_ended(
                 result.attempt, result.outcome, result.message, result.step, now
             )
@@ -242,7 +273,14 @@ class Reconciler:
             job for job in jobs if job.state is JobState.QUEUED and job.desired is Desired.RUNNING
         ]
         holding = [job for job in jobs if job.holds_resources]
-        decision = decide(queued, holding, self.capacity)
+        held = {job.id for job in holding}
+        # What was asked to make way does so even if the other job is gone by now: it has heard it.
+        self._making_way = {k: by for k, by in self._making_way.items() if k in held}
+        leaving = {job.id for job in holding if self._stops(job)}
+        decision = decide(queued, holding, self.capacity, leaving)
+        if decision.preempted_by is not None:
+            self._making_way |= {job.id: decision.preempted_by.id for job in decision.preempt}
+            self.wake()  # they hear it at the next tick, which may as well be now
         for job in queued:
             reason = decision.waiting.get(job.id)
             if reason is not None and reason != job.reason:
@@ -258,15 +296,19 @@ class Reconciler:
         numbered = replace(job, host_number=job.host_number + 1, reason=reason)
         stored = await self._jobs.change(job, numbered, events.state_changed(numbered, time.time()))
         if stored is not None:
-            await self._cluster.start_host(self._host_config(stored))
+            ends = await self._counted_ends(stored)
+            await self._cluster.start_host({**self._host_config(stored), "earlier_ends": ends})
 
     async def _move(self, job: Job, to: JobState, reason: str, step: int = 0) -> bool:
         """Whether the job is in its new state; False where somebody else changed it first."""
+        if to is JobState.QUEUED and (by := self._making_way.get(job.id)):
+            reason = f"preempted by job {by}: {reason}"
         moved = job.moved(to, reason, time.time())
         record = events.state_changed(moved, time.time(), step)
         if await self._jobs.change(job, moved, record) is None:
             return False
         if moved.is_final:
             self._hosts_lost.pop(job.id, None)
+            self._heard.pop(job.id, None)
             self._metrics.forget_later(job.id)
         return True

@@ -27,7 +27,15 @@ OPTIONS = [
 class Server:
     """Serves once started, until stopped."""
 
-    def __init__(self, gate: Gate, training: TrainingServicer, run: RunServicer) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        training: TrainingServicer,
+        run: RunServicer,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        """credentials: None serves plaintext."""
+        self._credentials = credentials
         self._server = grpc.aio.server(interceptors=[gate], options=OPTIONS)
         everstep_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
         everstep_pb2_grpc.add_RunServiceServicer_to_server(run, self._server)
@@ -41,7 +49,10 @@ class Server:
 
     async def start(self, listen: str) -> int:
         """Listen; the port, which may have been 0. RuntimeError where it is taken."""
-        port = self._server.add_insecure_port(listen)
+        if self._credentials is None:
+            port = self._server.add_insecure_port(listen)
+        else:
+            port = self._server.add_secure_port(listen, self._credentials)
         await self._server.start()
         for name in ["", *self._names]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

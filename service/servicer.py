@@ -6,7 +6,8 @@ Calls that a later release fills answer UNIMPLEMENTED, which the generated base 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,16 +16,27 @@ import grpc
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
 from service import convert
-from service.errors import InvalidRequestError
+from service.access import actor
+from service.deletions import Deletions
+from service.errors import BusyError, InvalidRequestError, require
 from service.jobs import JobView
 from service.lifecycle import Lifecycle, request_digest
+from service.planning import Resolved
+from service.sampling import DEFAULT_TOKENS, Sampler, SampleWish
 from service.storage import Storage, Stored, manifest_sha256
+from service.tokens import Tokens
+from service.transfers import Transfers
+from service.updates import Updates
+from service.uploads import Announced, Uploads
 from trainer.storage.manifest import Manifest
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
 MAX_REQUEST_ID = 128
+PROGRESS_BYTES = 8 << 20  # how often an upload hears how far it is
 MAX_POINTS = 20_000  # of one answer: about 12 MB
+MAX_SPEC_BYTES = 64 << 10  # one with every field at its longest is a tenth of it
+MAX_STREAMS = 1000  # watches and logs at once; each costs some memory and a look at its job
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,34 +44,54 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     """See the .proto for what each call promises."""
 
-    def __init__(self, lifecycle: Lifecycle, storage: Storage) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        storage: Storage,
+        uploads: Uploads,
+        sampler: Sampler,
+        transfers: Transfers,
+        tokens: Tokens,
+        updates: Updates,
+        deletions: Deletions,
+    ) -> None:
         self._lifecycle = lifecycle
         self._storage = storage
+        self._uploads = uploads
+        self._sampler = sampler
+        self._transfers = transfers
+        self._tokens = tokens
+        self._updates = updates
+        self._deletions = deletions
+        self._streams = 0  # open ones
 
     async def SubmitJob(  # noqa: N802 - gRPC's name
         self, request: pb.SubmitJobRequest, _context: Context
     ) -> pb.SubmitJobResponse:
         if len(request.request_id) > MAX_REQUEST_ID:
             raise InvalidRequestError(f"request_id: at most {MAX_REQUEST_ID} characters")
-        data = convert.spec_dict_from_proto(request.spec)
+        data = _spec(request.spec)
         if request.validate_only:
             resolved = await self._lifecycle.plan(data, request.inherit)
-            plan = convert.plan_to_proto(resolved.plan, resolved.start)
+            plan = plan_to_proto(resolved)
             return pb.SubmitJobResponse(plan=plan)
         digest = request_digest(request.SerializeToString(deterministic=True))
-        job, made = await self._lifecycle.submit(data, request.inherit, request.request_id, digest)
+        job, made = await self._lifecycle.submit(
+            data, request.inherit, request.request_id, digest, actor()
+        )
         view = await self._lifecycle.get(job.id)
         return pb.SubmitJobResponse(
             job=convert.job_to_proto(view),
-            plan=convert.plan_to_proto(made.plan, made.start) if made else None,
+            plan=plan_to_proto(made) if made else None,
         )
 
     async def PlanJob(  # noqa: N802
         self, request: pb.PlanJobRequest, _context: Context
     ) -> pb.PlanJobResponse:
-        data = convert.spec_dict_from_proto(request.spec)
-        resolved = await self._lifecycle.plan(data, request.inherit)
-        return pb.PlanJobResponse(plan=convert.plan_to_proto(resolved.plan, resolved.start))
+        data = _spec(request.spec)
+        resolved = await self._lifecycle.plan(data, request.inherit, request.device)
+        plan = plan_to_proto(resolved)
+        return pb.PlanJobResponse(plan=plan)
 
     async def GetJob(  # noqa: N802
         self, request: pb.GetJobRequest, _context: Context
@@ -91,8 +123,9 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     ) -> AsyncIterator[pb.WatchJobResponse]:
         if request.cursor < 0:
             raise InvalidRequestError(f"cursor: {request.cursor}: at least 0")
-        async for record in self._lifecycle.watch(request.job_id, request.cursor):
-            yield convert.record_to_proto(record)
+        with self._stream():
+            async for record in self._lifecycle.watch(request.job_id, request.cursor):
+                yield convert.record_to_proto(record)
 
     async def StreamLogs(  # noqa: N802
         self, request: pb.StreamLogsRequest, _context: Context
@@ -106,18 +139,19 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
             request.rank if request.HasField("rank") else None,
             request.follow,
         )
-        async for line in lines:
-            yield pb.StreamLogsResponse(
-                attempt=line.attempt,
-                rank=line.rank,
-                time=convert.timestamp(line.time),
-                line=line.text,
-            )
+        with self._stream():
+            async for line in lines:
+                yield pb.StreamLogsResponse(
+                    attempt=line.attempt,
+                    rank=line.rank,
+                    time=convert.timestamp(line.time),
+                    line=line.text,
+                )
 
     async def PauseJob(  # noqa: N802
         self, request: pb.PauseJobRequest, _context: Context
     ) -> pb.PauseJobResponse:
-        view, manifest = await self._lifecycle.pause(request.job_id)
+        view, manifest = await self._lifecycle.pause(request.job_id, actor())
         return pb.PauseJobResponse(
             job=convert.job_to_proto(view), final_checkpoint=_final_checkpoint(view, manifest)
         )
@@ -125,16 +159,30 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     async def ResumeJob(  # noqa: N802
         self, request: pb.ResumeJobRequest, _context: Context
     ) -> pb.ResumeJobResponse:
-        view = await self._lifecycle.resume(request.job_id)
+        view = await self._lifecycle.resume(request.job_id, actor())
         return pb.ResumeJobResponse(job=convert.job_to_proto(view))
 
     async def CancelJob(  # noqa: N802
         self, request: pb.CancelJobRequest, _context: Context
     ) -> pb.CancelJobResponse:
-        view, manifest = await self._lifecycle.cancel(request.job_id)
+        view, manifest = await self._lifecycle.cancel(request.job_id, actor())
         return pb.CancelJobResponse(
             job=convert.job_to_proto(view), final_checkpoint=_final_checkpoint(view, manifest)
         )
+
+    async def UpdateJob(  # noqa: N802
+        self, request: pb.UpdateJobRequest, _context: Context
+    ) -> pb.UpdateJobResponse:
+        priority = request.priority if request.HasField("priority") else None
+        retention = {field.name: value for field, value in request.retention.ListFields()}
+        view = await self._updates.update(request.job_id, priority, retention, actor())
+        return pb.UpdateJobResponse(job=convert.job_to_proto(view))
+
+    async def DeleteJob(  # noqa: N802
+        self, request: pb.DeleteJobRequest, _context: Context
+    ) -> pb.DeleteJobResponse:
+        await self._deletions.delete(request.job_id, request.delete_checkpoints, actor())
+        return pb.DeleteJobResponse()
 
     async def ListCheckpoints(  # noqa: N802
         self, request: pb.ListCheckpointsRequest, _context: Context
@@ -151,14 +199,37 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     async def DeleteCheckpoint(  # noqa: N802
         self, request: pb.DeleteCheckpointRequest, _context: Context
     ) -> pb.DeleteCheckpointResponse:
-        await self._lifecycle.delete_checkpoint(request.checkpoint)
+        await self._lifecycle.delete_checkpoint(request.checkpoint, actor())
         return pb.DeleteCheckpointResponse()
+
+    async def ImportCheckpoint(  # noqa: N802
+        self, request: pb.ImportCheckpointRequest, _context: Context
+    ) -> pb.ImportCheckpointResponse:
+        data = _spec(request.spec)
+        manifest = await self._transfers.bring(request.source, data, actor())
+        return pb.ImportCheckpointResponse(
+            checkpoint=self._checkpoint(Stored(manifest.ref, manifest))
+        )
+
+    async def ExportCheckpoint(  # noqa: N802
+        self, request: pb.ExportCheckpointRequest, _context: Context
+    ) -> pb.ExportCheckpointResponse:
+        files = await self._transfers.export(request.checkpoint, request.target, request.format)
+        return pb.ExportCheckpointResponse(files=files)
 
     async def GetLineage(  # noqa: N802
         self, request: pb.GetLineageRequest, _context: Context
     ) -> pb.GetLineageResponse:
-        found = await self._lifecycle.lineage(request.job_id)
-        return pb.GetLineageResponse(ancestors=[pb.Ancestor(**asdict(each)) for each in found])
+        found, forks = await self._lifecycle.lineage(request.job_id)
+        return pb.GetLineageResponse(
+            ancestors=[convert.ancestor_to_proto(each) for each in found],
+            forks=[pb.Fork(**asdict(each)) for each in forks],
+        )
+
+    async def CompareJobs(  # noqa: N802
+        self, request: pb.CompareJobsRequest, _context: Context
+    ) -> pb.CompareJobsResponse:
+        return await self._lifecycle.compare(list(request.job_ids))
 
     async def ListMetrics(  # noqa: N802
         self, request: pb.ListMetricsRequest, _context: Context
@@ -184,11 +255,88 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
             points=[convert.record_to_proto(record).point for record in records]
         )
 
+    async def PutFile(  # noqa: N802
+        self, requests: AsyncIterator[pb.PutFileRequest], _context: Context
+    ) -> AsyncIterator[pb.PutFileResponse]:
+        first = await anext(requests, None)
+        if first is None or not first.HasField("file"):
+            raise InvalidRequestError("file: must be announced before its data")
+        file = first.file
+        announced = Announced(file.folder, file.name, file.size_bytes, file.sha256, file.overwrite)
+        async with self._uploads.receive(announced) as upload:
+            yield pb.PutFileResponse(present=upload.present, uri=upload.uri)
+            if upload.present:
+                return
+            said = 0
+            async for request in requests:
+                await upload.write(request.data)
+                if upload.received_bytes - said >= PROGRESS_BYTES:
+                    said = upload.received_bytes
+                    yield pb.PutFileResponse(stored_bytes=said, uri=upload.uri)
+        yield pb.PutFileResponse(present=True, stored_bytes=upload.received_bytes, uri=upload.uri)
+
+    async def CreateToken(  # noqa: N802
+        self, request: pb.CreateTokenRequest, _context: Context
+    ) -> pb.CreateTokenResponse:
+        role = convert.role_from_proto(request.role)
+        token, secret = await self._tokens.create(request.name, role, actor())
+        return pb.CreateTokenResponse(token=convert.token_to_proto(token), secret=secret)
+
+    async def ListTokens(  # noqa: N802
+        self, _request: pb.ListTokensRequest, _context: Context
+    ) -> pb.ListTokensResponse:
+        found = await self._tokens.all()
+        return pb.ListTokensResponse(tokens=[convert.token_to_proto(token) for token in found])
+
+    async def RevokeToken(  # noqa: N802
+        self, request: pb.RevokeTokenRequest, _context: Context
+    ) -> pb.RevokeTokenResponse:
+        token = await self._tokens.revoke(request.name, actor())
+        return pb.RevokeTokenResponse(token=convert.token_to_proto(token))
+
+    async def SampleCheckpoint(  # noqa: N802
+        self, request: pb.SampleCheckpointRequest, _context: Context
+    ) -> AsyncIterator[pb.SampleCheckpointResponse]:
+        wish = SampleWish(
+            prompt=request.prompt,
+            max_tokens=request.max_tokens or DEFAULT_TOKENS,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            seed=request.seed,
+        )
+        async with aclosing(self._sampler.sample(request.checkpoint, wish)) as texts:
+            async for text in texts:
+                yield pb.SampleCheckpointResponse(text=text)
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """One of the streams that may be open at once; BusyError past the last."""
+        if self._streams >= MAX_STREAMS:
+            raise BusyError(f"{MAX_STREAMS} watches and logs are open already; end some first")
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+
     def _checkpoint(self, stored: Stored) -> pb.Checkpoint:
         uri = self._storage.checkpoint_uri(stored.ref)
         if stored.manifest is None:
             return pb.Checkpoint(ref=convert.ref_to_proto(stored.ref), uri=uri)
         return convert.checkpoint_to_proto(stored.manifest, uri)
+
+
+def _spec(spec: pb.JobSpec) -> dict[str, Any]:
+    """A request's spec, as far as it was given."""
+    size = spec.ByteSize()
+    require(size <= MAX_SPEC_BYTES, f"spec: {size} bytes: at most {MAX_SPEC_BYTES}")
+    return convert.spec_dict_from_proto(spec)
+
+
+def plan_to_proto(resolved: Resolved) -> pb.Plan:
+    """What was resolved and planned, as PlanJob answers it."""
+    ancestors = [convert.ancestor_to_proto(each) for each in resolved.ancestors]
+    return convert.plan_to_proto(resolved.plan, convert.ref_to_proto(resolved.start), ancestors)
 
 
 def _submission(page_token: str) -> int | None:

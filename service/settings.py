@@ -6,19 +6,27 @@ Object storage takes the standard AWS_* variables, read by boto3 itself.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
     """Where the service keeps, listens and reaches. Every field is EVERSTEP_<NAME>."""
 
-    model_config = SettingsConfigDict(env_prefix="EVERSTEP_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="EVERSTEP_", env_ignore_empty=True, extra="ignore")
 
     state: Path = Field(Path(".everstep"), description="folder of all state")
     standalone: bool = Field(False, description="start Ray and SeaweedFS beside the service")
     listen: str = Field("127.0.0.1:0", description="address of the gRPC server; port 0: any free")
+    published: str | None = Field(
+        None, description="address at which others find `listen`, where a container publishes it"
+    )
+    tls: Path | None = Field(None, description="folder of server.crt and server.key; see tls.py")
+    plaintext: bool = Field(
+        False, description="serve beyond this machine without TLS: the network itself encrypts"
+    )
     metrics_listen: str = Field("127.0.0.1:0", description="address of /metrics")
     storage: str | None = Field(None, description="s3://bucket/prefix or file:/folder of all jobs")
     ray_address: str | None = Field(None, description="address of Ray's GCS")
@@ -26,6 +34,9 @@ class Settings(BaseSettings):
     secret: SecretStr | None = Field(None, description="32 bytes in hex; attempts' credentials")
     advertise: str | None = Field(None, description="address at which workers reach the service")
     cache: Path | None = Field(None, description="folder of caches on the workers")
+    data_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="folders, divided by ':', that file: URIs must lie in; none: any folder"
+    )
     suspend_on_stop: bool = Field(
         False, description="checkpoint what runs before stopping: Ray goes down with the service"
     )
@@ -34,3 +45,8 @@ class Settings(BaseSettings):
     ray_gpus: int | None = Field(
         None, ge=0, description="GPUs of the embedded Ray; more than there are train on the CPU"
     )
+
+    @field_validator("data_roots", mode="before")
+    @classmethod
+    def _divided(cls, value: object) -> object:
+        return value.split(":") if isinstance(value, str) else value

@@ -8,30 +8,47 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from service import checkpoints
 from service.checkpoints import LATEST, CheckpointName
 from service.errors import CheckpointNotFoundError, StorageAwayError, StoredDataError
-from trainer.contract.spec import DataSpec
+from trainer.contract.spec import CheckpointSpec, DataSpec
 from trainer.contract.violations import SpecError, Violation
 from trainer.storage import layout
 from trainer.storage.binding import BindingError, DataBinding, bind
+from trainer.storage.deletion import delete_job
 from trainer.storage.documents import DocumentError, sha256_hex
 from trainer.storage.logs import LogLine, new_pieces, read_piece
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest, ManifestError
-from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError, open_store
+from trainer.storage.nanochat_files import (
+    NanochatCheckpointError,
+    NanochatSummary,
+    split_name,
+    summarise,
+)
+from trainer.storage.object_store import (
+    NotFoundError,
+    ObjectStore,
+    StoreError,
+    StoreUriError,
+    open_store,
+)
 from trainer.storage.repository import CheckpointRepository
+from trainer.storage.retention import Retention, put_in_force
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 OPEN_STORES = 64
+FILE = "file:"
 BUILTIN = "builtin:"
 BUILTIN_CORPUS = "python-docs"
 BUILTIN_FOLDER = "builtin"
@@ -48,8 +65,10 @@ class Stored:
 class Storage:
     """Jobs' storage, asynchronously."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, data_roots: Sequence[Path] = ()) -> None:
+        """data_roots: folders that file: URIs of specs must lie in; none: any."""
         self._store = store
+        self._data_roots = [root.resolve() for root in data_roots]
         # A client of S3 takes a quarter of a second to make, and any thread may use it.
         self._open = functools.lru_cache(maxsize=OPEN_STORES)(open_store)
         self._builtin: dict[int, tuple[str, str]] = {}  # vocabulary size -> source, tokenizer
@@ -65,6 +84,14 @@ class Storage:
         """Write a job's spec.json, once."""
         await self._call(self._repository(document.job_id).save_document, document)
 
+    async def save_retention(self, job_id: str, spec: CheckpointSpec) -> None:
+        """Put another retention in force for a job; see trainer.storage.retention."""
+        await self._call(put_in_force, self._repository(job_id), Retention.of(spec))
+
+    async def delete_job(self, job_id: str, start: CheckpointRef | None) -> None:
+        """Delete everything of a job; see trainer.storage.deletion."""
+        await self._call(delete_job, self._store, job_id, start)
+
     async def hold(self, ref: CheckpointRef, by_job_id: str) -> None:
         """Keep the checkpoint that a new job starts from."""
         try:
@@ -74,7 +101,9 @@ class Storage:
             raise SpecError([Violation("start.from", str(ref), reason)]) from None
 
     async def document(self, job_id: str) -> JobDocument:
-        """A job's spec.json."""
+        """A job's spec.json; NotFoundError."""
+        if not layout.is_job_id(job_id):
+            raise NotFoundError(f"no job {job_id!r}")
         return await self._call(self._repository(job_id).document)
 
     async def resolve(self, name: str) -> Manifest:
@@ -91,6 +120,20 @@ class Storage:
             reason = f"no such checkpoint; job {job_id} has at steps: {there}"
             raise SpecError([Violation("start.from", name, reason)])
         return await self._call(self._repository(job_id).manifest, ref)
+
+    async def nanochat(self, name: str) -> NanochatSummary:
+        """The checkpoint that nanochat:<folder or uri>@STEP names; SpecError."""
+        uri, _, step = name.removeprefix("nanochat:").rpartition("@")
+        if not step.isdecimal():
+            raise SpecError([Violation("start.from", name, "must name a step")])
+        uri, number = split_name(name)
+        if (outside := self.outside(uri)) is not None:
+            raise SpecError([Violation("start.from", name, outside)])
+        try:
+            store = self._open(uri)
+            return await self._call(summarise, store, number)
+        except (NanochatCheckpointError, NotFoundError, StoreUriError) as error:
+            raise SpecError([Violation("start.from", name, str(error))]) from error
 
     async def current(self, job_id: str) -> list[CheckpointRef]:
         """The checkpoints of a job that count, newest first."""
@@ -130,6 +173,10 @@ class Storage:
         async with self._verifying:
             return await self._call(read)
 
+    async def require(self, name: CheckpointName) -> None:
+        """Raise CheckpointNotFoundError unless there is a current checkpoint of that name."""
+        await self._call(checkpoints.find, self._repository(name.job_id), name.step)
+
     async def delete_checkpoint(self, name: CheckpointName) -> None:
         """Delete a checkpoint that nobody needs; see checkpoints.delete."""
         await self._call(checkpoints.delete, self._repository(name.job_id), name.step)
@@ -148,6 +195,28 @@ class Storage:
         """The folder of a checkpoint."""
         folder = layout.checkpoint_prefix(ref.job_id, ref.step, ref.attempt)
         return f"{self.uri.rstrip('/')}/{folder.rstrip('/')}"
+
+    def data_uri(self, folder: str) -> str:
+        """A folder of files that users brought, as a spec names it."""
+        return f"{self.uri.rstrip('/')}/{layout.data_prefix(folder).rstrip('/')}"
+
+    async def same_content(self, key: str, size_bytes: int, sha256: str) -> bool | None:
+        """Whether the object at key has this content; None where there is no object."""
+
+        def read() -> bool | None:
+            info = self._store.head(key)
+            if info is None or info.size_bytes != size_bytes:
+                return None if info is None else False
+            digest = hashlib.sha256()
+            for chunk in self._store.stream(key):
+                digest.update(chunk)
+            return digest.hexdigest() == sha256
+
+        return await self._call(read)
+
+    async def put_file(self, key: str, path: Path) -> None:
+        """Write a file's bytes as an object, whole or not at all."""
+        await self._call(self._store.put_file, key, path)
 
     async def bind(self, data: DataSpec) -> DataBinding:
         """Bind a job to its data and tokenizer as they are now.
@@ -179,6 +248,9 @@ class Storage:
                     "the size from 512 to 65536"
                 )
                 found.append(Violation("data.tokenizer", tokenizer, reason))
+        for field, uri in (("data.source", source), ("data.tokenizer", tokenizer)):
+            if (outside := self.outside(uri)) is not None:
+                found.append(Violation(field, uri, outside))
         if found:
             raise SpecError(found)
         if source.startswith(BUILTIN) or size:
@@ -186,6 +258,15 @@ class Storage:
             source = made_source if source.startswith(BUILTIN) else source
             tokenizer = made_tokenizer if size else tokenizer
         return source, tokenizer
+
+    def outside(self, uri: str) -> str | None:
+        """Why a file: URI may not be used, links followed; None: it may, or isn't one."""
+        if not uri.startswith(FILE) or not self._data_roots:
+            return None
+        path = Path("/", uri.removeprefix(FILE).lstrip("/")).resolve()
+        if any(path.is_relative_to(root) for root in self._data_roots):
+            return None
+        return f"must lie in {' or '.join(map(str, self._data_roots))} (EVERSTEP_DATA_ROOTS)"
 
     async def _prepare_builtin(self, vocab_size: int) -> tuple[str, str]:
         async with self._preparing:

@@ -16,17 +16,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 START_S = 30.0  # a loaded machine; usually half a second
+KEYS = {"AWS_ACCESS_KEY_ID": "everstep", "AWS_SECRET_ACCESS_KEY": "everstep-test-secret"}
 TRIES = 3  # another process may take a port between our choice and the server's bind
 
 
 @dataclass
-class SeaweedFS:
+class S3Server:
     """A running S3 server, and how to reach it."""
 
     endpoint: str
@@ -58,7 +60,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def seaweedfs(folder: Path, bucket: str = "everstep") -> Iterator[SeaweedFS]:
+def seaweedfs(folder: Path, bucket: str = "everstep") -> Iterator[S3Server]:
     """SeaweedFS with one bucket, its data and log in folder; killed at the end."""
     for last_try in (False,) * (TRIES - 1) + (True,):
         server = _launch(folder, bucket)
@@ -76,7 +78,63 @@ def seaweedfs(folder: Path, bucket: str = "everstep") -> Iterator[SeaweedFS]:
             raise RuntimeError(f"SeaweedFS did not start; see {folder}/weed.log")
 
 
-def _launch(folder: Path, bucket: str) -> SeaweedFS:
+@contextlib.contextmanager
+def moto(folder: Path, bucket: str = "everstep") -> Iterator[S3Server]:
+    """moto's S3 server with one bucket, in memory."""
+    port = free_ports(1)[0]
+    command = [_program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    with _running(command, folder, port, bucket) as server:
+        client = _client(server)
+        with contextlib.closing(client):
+            client.create_bucket(Bucket=bucket)
+        yield server
+
+
+@contextlib.contextmanager
+def rclone(folder: Path, bucket: str = "everstep") -> Iterator[S3Server]:
+    """rclone's S3 server over a folder: a bucket is a folder in it."""
+    (folder / "data" / bucket).mkdir(parents=True)
+    port = free_ports(1)[0]
+    command = [_program("rclone"), "serve", "s3", str(folder / "data")]
+    command += ["--addr", f"127.0.0.1:{port}", "--auth-key", ",".join(KEYS.values())]
+    with _running(command, folder, port, bucket) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _running(command: list[str], folder: Path, port: int, bucket: str) -> Iterator[S3Server]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": os.environ.get("PATH", ""), "HOME": str(folder)},
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while not _accepts(port):
+            assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
+            assert time.monotonic() < deadline, f"{command[0]} did not start"
+            time.sleep(0.05)
+        yield S3Server(f"http://127.0.0.1:{port}", bucket, *KEYS.values(), process, [port])
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _program(name: str) -> str:
+    return shutil.which(name) or str(Path(sys.executable).with_name(name))
+
+
+def _launch(folder: Path, bucket: str) -> S3Server:
     folder.mkdir(parents=True, exist_ok=True)
     names = ("s3", "master", "volume", "filer", "admin")
     ports = free_ports(2 * len(names))
@@ -84,7 +142,7 @@ def _launch(folder: Path, bucket: str) -> SeaweedFS:
     for name, http, grpc in zip(names, ports[::2], ports[1::2], strict=True):
         flags += [f"-{name}.port={http}", f"-{name}.port.grpc={grpc}"]
     command = [
-        shutil.which("weed") or str(Path(sys.executable).with_name("weed")),
+        _program("weed"),
         "mini",
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
@@ -98,7 +156,6 @@ def _launch(folder: Path, bucket: str) -> SeaweedFS:
         "-admin.ui=false",
         *flags,
     ]
-    keys = {"AWS_ACCESS_KEY_ID": "everstep", "AWS_SECRET_ACCESS_KEY": "everstep-test-secret"}
     with (folder / "weed.log").open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -106,22 +163,15 @@ def _launch(folder: Path, bucket: str) -> SeaweedFS:
             stderr=log,
             stdin=subprocess.DEVNULL,
             cwd=folder,
-            env={"PATH": os.environ.get("PATH", ""), "HOME": str(folder), **keys},
+            env={"PATH": os.environ.get("PATH", ""), "HOME": str(folder), **KEYS},
         )
     endpoint = f"http://127.0.0.1:{ports[0]}"
-    return SeaweedFS(endpoint, bucket, *keys.values(), process, ports)
+    return S3Server(endpoint, bucket, *KEYS.values(), process, ports)
 
 
-def _ready(server: SeaweedFS) -> bool:
+def _ready(server: S3Server) -> bool:
     """Wait until the bucket is there."""
-    client = boto3.session.Session().client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name="us-east-1",
-        config=Config(connect_timeout=2, read_timeout=2, retries={"total_max_attempts": 1}),
-    )
+    client = _client(server)
     deadline = time.monotonic() + START_S
     with contextlib.closing(client):
         while time.monotonic() < deadline and server.process.poll() is None:
@@ -132,3 +182,14 @@ def _ready(server: SeaweedFS) -> bool:
             else:
                 return True
     return False
+
+
+def _client(server: S3Server) -> Any:
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        config=Config(connect_timeout=2, read_timeout=2, retries={"total_max_attempts": 1}),
+    )

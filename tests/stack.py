@@ -121,13 +121,20 @@ class Stack:
                     found.append(process)
         return found
 
+    def titles(self) -> dict[str, list[psutil.Process]]:
+        """The processes by title or command; one that ends while it is read is left out."""
+        found: dict[str, list[psutil.Process]] = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                found.setdefault(" ".join(process.cmdline()), []).append(process)
+        return found
+
     def ray_process(self, title: str) -> psutil.Process:
         """The one process of our Ray whose title or command begins so."""
         found = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                if " ".join(process.cmdline()).startswith(title):
-                    found.append(process)
+        for name, processes in self.titles().items():
+            if name.startswith(title):
+                found += processes
         assert len(found) == 1, f"{len(found)} processes are {title}"
         return found[0]
 

@@ -15,7 +15,18 @@ from collections.abc import Sequence
 import click
 
 from everstep import errors
-from everstep.cli import jobs, logs, serve, submissions, watch
+from everstep.cli import (
+    compare,
+    data,
+    jobs,
+    logs,
+    samples,
+    serve,
+    submissions,
+    tokens,
+    transfers,
+    watch,
+)
 from everstep.cli.output import fail
 from everstep.spec_text import SpecTextError
 from trainer.contract.violations import SpecError
@@ -47,8 +58,13 @@ for _command in (
     *serve.COMMANDS,
     *submissions.COMMANDS,
     *jobs.COMMANDS,
+    *compare.COMMANDS,
     *watch.COMMANDS,
     *logs.COMMANDS,
+    *samples.COMMANDS,
+    *transfers.COMMANDS,
+    *data.COMMANDS,
+    *tokens.COMMANDS,
 ):
     everstep.add_command(_command)
 

@@ -6,10 +6,12 @@ Owns the layout of `get`, `list`, `checkpoints`, `lineage` and `metrics`. Works 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from everstep.cli import output
 from everstep.cli.watch_view import in_force_table
@@ -58,18 +60,30 @@ def checkpoint_table(
     return table
 
 
-def lineage_table(ancestors: Iterable[pb.Ancestor]) -> Table:
-    """One line a job, the youngest first."""
-    table = _table("job", "name", "from step", "to step")
-    for item in ancestors:
-        known = bool(item.name)
-        table.add_row(
-            item.job_id,
-            output.one_line(item.name) if known else "(nothing is left of it)",
-            f"{item.start_step:,}" if known else "?",
-            f"{item.end_step:,}",
-        )
-    return table
+def lineage_tree(found: pb.GetLineageResponse) -> Tree:
+    """Jobs below those that they continue from, the oldest first; the one asked for is bold."""
+    trunk = list(found.ancestors)[::-1]
+    whole = Tree(_branch(trunk[0]))
+    places = {trunk[0].job_id: whole}
+    forks: dict[str, list[pb.Fork]] = {}
+    for fork in found.forks:
+        forks.setdefault(fork.parent_job_id, []).append(fork)
+    for parent, job in pairwise(trunk):
+        places[job.job_id] = places[parent.job_id].add(_branch(job))
+    places[trunk[-1].job_id].label = Text.assemble(_branch(trunk[-1]), style="bold")
+    for parent_id, branches in forks.items():  # parents come first
+        for fork in sorted(branches, key=lambda each: each.start_step):
+            places[fork.job_id] = places[parent_id].add(_branch(fork))
+    return whole
+
+
+def _branch(item: pb.Ancestor | pb.Fork) -> Text:
+    if not item.job_id:
+        return Text(output.one_line(item.name))  # a checkpoint of nanochat's
+    if not item.name:
+        return Text(f"{item.job_id}  (nothing is left of it)  to step {item.end_step:,}")
+    steps = f"steps {item.start_step:,} to {item.end_step:,}"
+    return Text(f"{item.job_id}  {output.one_line(item.name)}  {steps}")
 
 
 def metric_table(points: Iterable[pb.MetricPoint]) -> Table:
@@ -101,7 +115,8 @@ def show_job(console: Console, job: pb.Job) -> None:
         _line(console, "latest", _latest(job.latest))
     if job.HasField("validation_bpb"):
         _line(console, "validation", f"{job.validation_bpb:.4f} bits per byte")
-    begin = output.ref_name(job.start) if job.HasField("start") else "fresh weights"
+    told = getattr(job.spec.start, "from") or "fresh weights"  # from: of nanochat's checkpoints
+    begin = output.ref_name(job.start) if job.HasField("start") else told
     _line(console, "start", begin)
     if job.HasField("checkpoint"):
         _line(console, "checkpoint", output.ref_name(job.checkpoint))

@@ -1,4 +1,4 @@
-"""`everstep list`, `get`, `cancel`, `pause`, `resume`, `checkpoints`, `lineage`, `metrics`.
+"""`everstep list`, `get`, `cancel`, `pause`, `resume`, `update`, `delete`, `checkpoints`, ...
 
 Owns what is asked and said about jobs that exist. Knows nothing of layout (job_view.py).
 """
@@ -13,7 +13,7 @@ import click
 from everstep.cli.job_view import (
     checkpoint_table,
     job_table,
-    lineage_table,
+    lineage_tree,
     metric_table,
     show_job,
 )
@@ -101,6 +101,53 @@ def resume(job: str, output: str) -> None:
 
 @click.command()
 @click.argument("job")
+@click.option("--priority", type=int, help="Higher runs first; counts while the job waits.")
+@click.option("--keep-last", type=int, metavar="N", help="Keep the N newest checkpoints.")
+@click.option(
+    "--keep-every-steps", type=int, metavar="N", help="Keep those at multiples of N; 0: none."
+)
+@click.option("--keep-best/--no-keep-best", default=None, help="Keep the best by validation.")
+@json_option
+def update(
+    job: str,
+    priority: int | None,
+    keep_last: int | None,
+    keep_every_steps: int | None,
+    keep_best: bool | None,
+    output: str,
+) -> None:
+    """Change JOB: its priority, and from its next checkpoint on which of them it keeps."""
+    retention = pb.CheckpointSpec(
+        keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best
+    )
+    with Client() as client:
+        found = client.update(job, priority, retention if retention.ListFields() else None)
+    if output == "json":
+        write_json(found)
+    else:
+        keep = found.spec.checkpoint
+        click.echo(
+            f"{found.id}: priority {found.spec.priority}; keeps the last {keep.keep_last}, "
+            f"every {keep.keep_every_steps} steps, {'and' if keep.keep_best else 'not'} the best"
+        )
+
+
+@click.command()
+@click.argument("job")
+@click.option("--checkpoints", is_flag=True, help="Even if it has checkpoints: they go with it.")
+@json_option
+def delete(job: str, checkpoints: bool, output: str) -> None:
+    """Forget JOB for good: checkpoints, logs, metrics, history. It must be final."""
+    with Client() as client:
+        client.delete(job, checkpoints)
+    if output == "json":
+        write_json(pb.DeleteJobResponse())
+    else:
+        click.echo(f"{job} is deleted")
+
+
+@click.command()
+@click.argument("job")
 @click.option("--verify", is_flag=True, help="Read every byte back; exits with 1 if any is bad.")
 @click.option(
     "--delete",
@@ -138,13 +185,13 @@ def checkpoints(job: str, verify: bool, step: int | None, output: str) -> int:
 @click.argument("job")
 @json_option
 def lineage(job: str, output: str) -> None:
-    """Show where JOB came from: its parents, back to fresh weights."""
+    """Show where JOB came from, back to fresh weights or nanochat, and what forked on the way."""
     with Client() as client:
         found = client.lineage(job)
     if output == "json":
-        write_json(found, "ancestors")
+        write_json(found)
     else:
-        console().print(lineage_table(found))
+        console().print(lineage_tree(found))
 
 
 @click.command()
@@ -207,4 +254,4 @@ def _say_stopped(stopped: pb.CancelJobResponse | pb.PauseJobResponse, output: st
     click.echo(f"{stopped.job.id} is {state_name(stopped.job.state)}; {left}")
 
 
-COMMANDS = (list_, get, cancel, pause, resume, checkpoints, lineage, metrics)
+COMMANDS = (list_, get, cancel, pause, resume, update, delete, checkpoints, lineage, metrics)

@@ -41,6 +41,22 @@ def json_option(command: Command) -> Command:
 
 def spec_options(command: Command) -> Command:
     """SPEC and its options, as keywords for `asked`."""
+    for decorate in (
+        click.option(
+            "--from",
+            "start",
+            metavar="JOB@STEP",
+            help="Continue from a checkpoint; what isn't given is as in that job.",
+        ),
+        click.option("--nanochat", metavar="FLAGS", help="A nanochat command line, as it stands."),
+        written_options,
+    ):
+        command = decorate(command)
+    return command
+
+
+def written_options(command: Command) -> Command:
+    """SPEC and what changes it, without where it starts and what it is translated from."""
     folder = click.Path(file_okay=False, path_type=Path)
     for decorate in (
         click.option("--name", help="Name of the job."),
@@ -51,13 +67,6 @@ def spec_options(command: Command) -> Command:
             metavar="SECTION.FIELD=VALUE",
             help="Set one field; may be repeated.",
         ),
-        click.option(
-            "--from",
-            "start",
-            metavar="JOB@STEP",
-            help="Continue from a checkpoint; what isn't given is as in that job.",
-        ),
-        click.option("--nanochat", metavar="FLAGS", help="A nanochat command line, as it stands."),
         click.option(
             "--nanochat-dir",
             type=folder,
@@ -98,7 +107,7 @@ def asked(
     elif spec is not None:
         data = _read(spec)
     if nanochat_dir is not None:
-        data = merged({"data": data_fields(str(base), _data_folder(nanochat_dir))}, data)
+        data = merged({"data": data_fields(str(base), data_folder(nanochat_dir))}, data)
     if name is not None:
         data = merged(data, {"name": name})
     if start is not None:
@@ -116,7 +125,7 @@ def _read(file: Any) -> dict[str, Any]:
     return read_spec(text, file.name)
 
 
-def _data_folder(base: Path) -> str:
+def data_folder(base: Path) -> str:
     """The newest of nanochat's data folders that is there, else the newest."""
     return next((name for name in DATA_FOLDERS if (base / name).is_dir()), DATA_FOLDERS[0])
 

@@ -33,10 +33,10 @@ STATE_STYLES = {
 }
 
 
-def console() -> Console:
-    """stdout; a pipe gets the same width everywhere."""
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    return Console(width=width, markup=False, highlight=False, emoji=False)
+def console(*, stderr: bool = False) -> Console:
+    """stdout, or stderr; a pipe gets the same width everywhere."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else PLAIN_WIDTH
+    return Console(width=width, markup=False, highlight=False, emoji=False, stderr=stderr)
 
 
 def fail(message: str) -> None:

@@ -13,6 +13,7 @@ from everstep.cli import output
 from everstep.v1 import everstep_pb2 as pb
 
 INDENT = 13
+NO_TIME = "no job of this kind has run here, and no known GPU was named (--device)"
 WAYS_OUT = (
     "ways out: lower rates (--set optimizer.<rate>=...), --set schedule.anchor=continue, "
     "or --set guards.allow_lr_jump=true"
@@ -32,23 +33,35 @@ def show_plan(console: Console, plan: pb.Plan, *, compact: bool = False) -> None
     _line(console, "steps", _steps(plan))
     if not compact:
         _line(console, "checkpoint", _checkpoint(plan))
+    if plan.memory.parts:
+        _line(console, "memory", _memory(plan.memory))
+    _line(console, "time", _time(plan.time) if plan.HasField("time") else "unknown: " + NO_TIME)
+    if not compact and plan.lineage:
+        names = (
+            f"{item.job_id}@{item.end_step}" if item.job_id else item.name for item in plan.lineage
+        )
+        _line(console, "lineage", " <- ".join(names))
     console.print(rate_table(plan))
     for warning in plan.warnings:
         _say(console, f"warning: {warning}", "yellow")
     for refusal in plan.refusals:
         _say(console, f"refused: {refusal}", "bold red")
+    for row in plan.rates:
+        if row.HasField("claimed_learning_rate"):
+            _say(console, _claim(row), "yellow")
     if plan.refusals:
-        _say(console, WAYS_OUT)
+        settings = " ".join(f"--set {each}" for each in plan.ways_out)
+        _say(console, f"{WAYS_OUT}; at the parent's rates: {settings}" if settings else WAYS_OUT)
 
 
 def rate_table(plan: pb.Plan) -> Table:
     """Every group's values over the run; for a continuation beside those in force before it."""
-    continued = plan.HasField("start")
+    continued = any(row.HasField("parent") for row in plan.rates)
     first, last = plan.start_step, plan.start_step + plan.steps - 1
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("group", no_wrap=True)
     if continued:
-        table.add_column(f"in force at\n{output.short_name(plan.start)}", no_wrap=True)
+        table.add_column(f"in force at\n{_place(plan)}", no_wrap=True)
         table.add_column(f"first step\n{first:,}")
         table.add_column("ratio", no_wrap=True)
     else:
@@ -121,7 +134,8 @@ def _batch(plan: pb.Plan) -> str:
 
 def _steps(plan: pb.Plan) -> str:
     horizon = plan.start_step + plan.steps
-    begin = f" from {output.ref_name(plan.start)}" if plan.HasField("start") else ""
+    name = plan.start_name or (output.ref_name(plan.start) if plan.HasField("start") else "")
+    begin = f" from {name}" if name else ""
     return f"{plan.steps:,} steps{begin} to the horizon {horizon:,}, {plan.tokens:,} tokens"
 
 
@@ -130,8 +144,39 @@ def _checkpoint(plan: pb.Plan) -> str:
     clock = f" or {output.duration(every)}, whichever comes first" if every else ""
     return (
         f"{output.size(plan.checkpoint_bytes)}; a crash costs at most "
-        f"{plan.steps_at_risk:,} steps{clock}"
+        f"{plan.steps_at_risk:,} steps{clock}; at most {plan.checkpoints_kept:,} kept, "
+        f"{output.size(plan.checkpoints_bytes)}"
     )
+
+
+def _memory(memory: pb.MemoryEstimate) -> str:
+    parts = " + ".join(f"{item.part} {output.size(item.bytes)}" for item in memory.parts)
+    text = f"{output.size(memory.peak_bytes)} = {parts}"
+    if memory.HasField("device_bytes"):
+        text += (
+            f"; {output.size(memory.device_bytes)} there; largest device_batch_size that fits: "
+            f"{memory.largest_device_batch_size or 'none'}"
+        )
+    return f"{text}; host, for snapshots: {output.size(memory.snapshot_bytes)}"
+
+
+def _time(time: pb.TimeEstimate) -> str:
+    mfu = f", MFU {time.mfu_ratio:.1%}" if time.HasField("mfu_ratio") else ""
+    return (
+        f"{output.duration(time.total_s)}: {time.step_s:.3g} s a step, {time.tokens_per_s:,.0f} "
+        f"tokens/s{mfu} ({time.basis})"
+    )
+
+
+def _claim(row: pb.RateRow) -> str:
+    return (
+        f"{row.group}: nanochat's user_config says {row.claimed_learning_rate:.6g}; its optimizer "
+        f"ran with {row.parent.learning_rate:.6g}, which is what counts"
+    )
+
+
+def _place(plan: pb.Plan) -> str:
+    return output.short_name(plan.start) if plan.HasField("start") else f"step {plan.start_step:,}"
 
 
 def _line(console: Console, label: str, text: str) -> None:

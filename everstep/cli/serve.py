@@ -1,20 +1,20 @@
-"""`everstep serve`: becomes the service.
+"""`everstep serve` and `everstep doctor`: become the service, or its look at this machine.
 
-Knows only that the service is `python -m service`; imports nothing of it.
+Knows only that these are `python -m service` and `python -m service.doctor`; imports neither.
 
 Invariant: the process is replaced, so signals and the exit status are the service's own.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
 import click
 
-NOT_INSTALLED = "the service isn't installed here: pip install 'everstep[service,trainer]'"
+from everstep.cli.options import json_option
+from everstep.cli.programs import command
 
 
 @click.command()
@@ -29,25 +29,29 @@ def serve(standalone: bool, state: Path | None) -> None:
 
     Says one line when it is ready, and writes its address to DIR/service.json.
     """
-    command = [sys.executable, *_search_path(), "-m", "service"]
-    if standalone:
-        command.append("--standalone")
+    _become("service", state, ["--standalone"] if standalone else [])
+
+
+@click.command()
+@click.option(
+    "--state",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The service's folder of state.  [default: ./.everstep]",
+)
+@json_option
+def doctor(state: Path | None, output: str) -> None:
+    """Look at this machine: GPU and driver, disk, ports, Ray, the store, the clock.
+
+    Says what to do about what is wrong, and exits with 1 if anything is.
+    """
+    _become("service.doctor", state, ["--json"] if output == "json" else [])
+
+
+def _become(module: str, state: Path | None, words: list[str]) -> None:
     if state is not None:
-        command += ["--state", str(state)]
+        words = [*words, "--state", str(state)]
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, command(module, *words))
 
 
-def _search_path() -> list[str]:
-    """Python's option that keeps a folder named service where the user stands from being ours."""
-    try:
-        found = importlib.util.find_spec("service.__main__")
-    except ModuleNotFoundError:
-        found = None
-    if found is None or found.origin is None:
-        raise click.UsageError(NOT_INSTALLED)
-    run_in_place = Path(found.origin).parents[1] == Path.cwd()
-    return [] if run_in_place else ["-P"]
-
-
-COMMANDS = (serve,)
+COMMANDS = (serve, doctor)

@@ -210,9 +210,12 @@ def _words(event: pb.Event, attempt: int) -> str:
             return f"validation at step {event.step:,}: {event.validation_bpb:.4f} bits per byte"
         case pb.EVENT_KIND_WARNING:
             words = "warning"
+        case pb.EVENT_KIND_REQUESTED:
+            words = "asked to"
         case _:
             words = pb.EventKind.Name(event.kind).removeprefix("EVENT_KIND_").lower()
-    return f"{words}: {said}" if said else words
+    by = f" (by {output.one_line(event.actor)})" if event.actor else ""
+    return (f"{words}: {said}" if said else words) + by
 
 
 def _style(event: pb.Event) -> str:

@@ -59,6 +59,14 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVENT_KIND_EVALUATED: _ClassVar[EventKind]
     EVENT_KIND_SAMPLED: _ClassVar[EventKind]
     EVENT_KIND_WARNING: _ClassVar[EventKind]
+    EVENT_KIND_REQUESTED: _ClassVar[EventKind]
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_READ: _ClassVar[Role]
+    ROLE_SUBMIT: _ClassVar[Role]
+    ROLE_ADMIN: _ClassVar[Role]
 
 class Directive(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -97,12 +105,17 @@ EVENT_KIND_CHECKPOINT_FALLBACK: EventKind
 EVENT_KIND_EVALUATED: EventKind
 EVENT_KIND_SAMPLED: EventKind
 EVENT_KIND_WARNING: EventKind
+EVENT_KIND_REQUESTED: EventKind
+ROLE_UNSPECIFIED: Role
+ROLE_READ: Role
+ROLE_SUBMIT: Role
+ROLE_ADMIN: Role
 DIRECTIVE_UNSPECIFIED: Directive
 DIRECTIVE_CHECKPOINT: Directive
 DIRECTIVE_STOP: Directive
 
 class JobSpec(_message.Message):
-    __slots__ = ("name", "model", "data", "batch", "optimizer", "schedule", "start", "guards", "evaluate", "sample", "checkpoint", "resources", "precision", "compile", "deterministic", "priority")
+    __slots__ = ("name", "model", "data", "batch", "optimizer", "schedule", "start", "guards", "evaluate", "sample", "checkpoint", "resources", "precision", "compile", "deterministic", "priority", "preemptible")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +132,7 @@ class JobSpec(_message.Message):
     COMPILE_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIBLE_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: ModelSpec
     data: DataSpec
@@ -135,7 +149,8 @@ class JobSpec(_message.Message):
     compile: Compile
     deterministic: bool
     priority: int
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., data: _Optional[_Union[DataSpec, _Mapping]] = ..., batch: _Optional[_Union[BatchSpec, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleSpec, _Mapping]] = ..., start: _Optional[_Union[StartSpec, _Mapping]] = ..., guards: _Optional[_Union[GuardsSpec, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateSpec, _Mapping]] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointSpec, _Mapping]] = ..., resources: _Optional[_Union[ResourcesSpec, _Mapping]] = ..., precision: _Optional[_Union[PrecisionSpec, _Mapping]] = ..., compile: _Optional[_Union[Compile, str]] = ..., deterministic: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
+    preemptible: bool
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., data: _Optional[_Union[DataSpec, _Mapping]] = ..., batch: _Optional[_Union[BatchSpec, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleSpec, _Mapping]] = ..., start: _Optional[_Union[StartSpec, _Mapping]] = ..., guards: _Optional[_Union[GuardsSpec, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateSpec, _Mapping]] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointSpec, _Mapping]] = ..., resources: _Optional[_Union[ResourcesSpec, _Mapping]] = ..., precision: _Optional[_Union[PrecisionSpec, _Mapping]] = ..., compile: _Optional[_Union[Compile, str]] = ..., deterministic: _Optional[bool] = ..., priority: _Optional[int] = ..., preemptible: _Optional[bool] = ...) -> None: ...
 
 class ModelSpec(_message.Message):
     __slots__ = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "n_kv_head", "vocab_size")
@@ -251,14 +266,16 @@ class CheckpointSpec(_message.Message):
     def __init__(self, every_steps: _Optional[int] = ..., every_s: _Optional[int] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_best: _Optional[bool] = ...) -> None: ...
 
 class ResourcesSpec(_message.Message):
-    __slots__ = ("workers", "gpus_per_worker", "cpus_per_worker")
+    __slots__ = ("workers", "gpus_per_worker", "cpus_per_worker", "wait_for_nodes")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     GPUS_PER_WORKER_FIELD_NUMBER: _ClassVar[int]
     CPUS_PER_WORKER_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FOR_NODES_FIELD_NUMBER: _ClassVar[int]
     workers: WorkersSpec
     gpus_per_worker: int
     cpus_per_worker: int
-    def __init__(self, workers: _Optional[_Union[WorkersSpec, _Mapping]] = ..., gpus_per_worker: _Optional[int] = ..., cpus_per_worker: _Optional[int] = ...) -> None: ...
+    wait_for_nodes: bool
+    def __init__(self, workers: _Optional[_Union[WorkersSpec, _Mapping]] = ..., gpus_per_worker: _Optional[int] = ..., cpus_per_worker: _Optional[int] = ..., wait_for_nodes: _Optional[bool] = ...) -> None: ...
 
 class WorkersSpec(_message.Message):
     __slots__ = ("min", "max")
@@ -351,7 +368,7 @@ class GroupValues(_message.Message):
     def __init__(self, group: _Optional[str] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class MetricPoint(_message.Message):
-    __slots__ = ("step", "loss", "loss_smoothed", "gradient_norm", "step_s", "data_wait_s", "tokens", "tokens_per_s", "mfu_ratio", "groups", "time")
+    __slots__ = ("step", "loss", "loss_smoothed", "gradient_norm", "step_s", "data_wait_s", "tokens", "tokens_per_s", "mfu_ratio", "groups", "time", "devices")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SMOOTHED_FIELD_NUMBER: _ClassVar[int]
@@ -363,6 +380,7 @@ class MetricPoint(_message.Message):
     MFU_RATIO_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     loss_smoothed: float
@@ -374,10 +392,31 @@ class MetricPoint(_message.Message):
     mfu_ratio: float
     groups: _containers.RepeatedCompositeFieldContainer[GroupValues]
     time: _timestamp_pb2.Timestamp
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., loss_smoothed: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mfu_ratio: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceSample]
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., loss_smoothed: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mfu_ratio: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceSample, _Mapping]]] = ...) -> None: ...
+
+class DeviceSample(_message.Message):
+    __slots__ = ("index", "name", "memory_used_bytes", "memory_total_bytes", "utilization_ratio", "power_watts", "temperature_celsius", "energy_joules")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UTILIZATION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    POWER_WATTS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
+    ENERGY_JOULES_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilization_ratio: float
+    power_watts: float
+    temperature_celsius: float
+    energy_joules: float
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., utilization_ratio: _Optional[float] = ..., power_watts: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., energy_joules: _Optional[float] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("kind", "message", "checkpoint", "checkpoint_bytes", "checkpoint_s", "checkpoint_stall_s", "validation_bpb", "groups", "state", "outcome", "step", "evaluation_set")
+    __slots__ = ("kind", "message", "checkpoint", "checkpoint_bytes", "checkpoint_s", "checkpoint_stall_s", "validation_bpb", "groups", "state", "outcome", "step", "evaluation_set", "checkpoint_postponed_s", "device", "actor")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -390,6 +429,9 @@ class Event(_message.Message):
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_SET_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_POSTPONED_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
     kind: EventKind
     message: str
     checkpoint: CheckpointRef
@@ -402,10 +444,23 @@ class Event(_message.Message):
     outcome: str
     step: int
     evaluation_set: str
-    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., message: _Optional[str] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_s: _Optional[float] = ..., checkpoint_stall_s: _Optional[float] = ..., validation_bpb: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., state: _Optional[_Union[JobState, str]] = ..., outcome: _Optional[str] = ..., step: _Optional[int] = ..., evaluation_set: _Optional[str] = ...) -> None: ...
+    checkpoint_postponed_s: float
+    device: DeviceInfo
+    actor: str
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., message: _Optional[str] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_s: _Optional[float] = ..., checkpoint_stall_s: _Optional[float] = ..., validation_bpb: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., state: _Optional[_Union[JobState, str]] = ..., outcome: _Optional[str] = ..., step: _Optional[int] = ..., evaluation_set: _Optional[str] = ..., checkpoint_postponed_s: _Optional[float] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., actor: _Optional[str] = ...) -> None: ...
+
+class DeviceInfo(_message.Message):
+    __slots__ = ("name", "memory_bytes", "free_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    def __init__(self, name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("spec", "shape", "parameters", "parameters_total", "flops_per_token", "grad_accum_steps", "start_step", "steps", "tokens", "rates", "start", "refusals", "warnings", "checkpoint_bytes", "steps_at_risk")
+    __slots__ = ("spec", "shape", "parameters", "parameters_total", "flops_per_token", "grad_accum_steps", "start_step", "steps", "tokens", "rates", "start", "refusals", "warnings", "checkpoint_bytes", "steps_at_risk", "memory", "time", "checkpoints_kept", "checkpoints_bytes", "seconds_at_risk", "start_name", "lineage", "ways_out")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -421,6 +476,14 @@ class Plan(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
     STEPS_AT_RISK_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_KEPT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_AT_RISK_FIELD_NUMBER: _ClassVar[int]
+    START_NAME_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    WAYS_OUT_FIELD_NUMBER: _ClassVar[int]
     spec: JobSpec
     shape: Shape
     parameters: _containers.RepeatedCompositeFieldContainer[ParameterCount]
@@ -436,7 +499,51 @@ class Plan(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     checkpoint_bytes: int
     steps_at_risk: int
-    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[ParameterCount, _Mapping]]] = ..., parameters_total: _Optional[int] = ..., flops_per_token: _Optional[int] = ..., grad_accum_steps: _Optional[int] = ..., start_step: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., rates: _Optional[_Iterable[_Union[RateRow, _Mapping]]] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., refusals: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., checkpoint_bytes: _Optional[int] = ..., steps_at_risk: _Optional[int] = ...) -> None: ...
+    memory: MemoryEstimate
+    time: TimeEstimate
+    checkpoints_kept: int
+    checkpoints_bytes: int
+    seconds_at_risk: float
+    start_name: str
+    lineage: _containers.RepeatedCompositeFieldContainer[Ancestor]
+    ways_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[ParameterCount, _Mapping]]] = ..., parameters_total: _Optional[int] = ..., flops_per_token: _Optional[int] = ..., grad_accum_steps: _Optional[int] = ..., start_step: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., rates: _Optional[_Iterable[_Union[RateRow, _Mapping]]] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., refusals: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., checkpoint_bytes: _Optional[int] = ..., steps_at_risk: _Optional[int] = ..., memory: _Optional[_Union[MemoryEstimate, _Mapping]] = ..., time: _Optional[_Union[TimeEstimate, _Mapping]] = ..., checkpoints_kept: _Optional[int] = ..., checkpoints_bytes: _Optional[int] = ..., seconds_at_risk: _Optional[float] = ..., start_name: _Optional[str] = ..., lineage: _Optional[_Iterable[_Union[Ancestor, _Mapping]]] = ..., ways_out: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class MemoryEstimate(_message.Message):
+    __slots__ = ("parts", "peak_bytes", "device_bytes", "largest_device_batch_size", "snapshot_bytes")
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_DEVICE_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedCompositeFieldContainer[MemoryPart]
+    peak_bytes: int
+    device_bytes: int
+    largest_device_batch_size: int
+    snapshot_bytes: int
+    def __init__(self, parts: _Optional[_Iterable[_Union[MemoryPart, _Mapping]]] = ..., peak_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., largest_device_batch_size: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ...) -> None: ...
+
+class MemoryPart(_message.Message):
+    __slots__ = ("part", "bytes")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    part: str
+    bytes: int
+    def __init__(self, part: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class TimeEstimate(_message.Message):
+    __slots__ = ("step_s", "total_s", "tokens_per_s", "mfu_ratio", "basis")
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MFU_RATIO_FIELD_NUMBER: _ClassVar[int]
+    BASIS_FIELD_NUMBER: _ClassVar[int]
+    step_s: float
+    total_s: float
+    tokens_per_s: float
+    mfu_ratio: float
+    basis: str
+    def __init__(self, step_s: _Optional[float] = ..., total_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., mfu_ratio: _Optional[float] = ..., basis: _Optional[str] = ...) -> None: ...
 
 class Shape(_message.Message):
     __slots__ = ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "padded_vocab_size", "sequence_len")
@@ -465,16 +572,22 @@ class ParameterCount(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class RateRow(_message.Message):
-    __slots__ = ("group", "parent", "points", "learning_rate_ratio")
+    __slots__ = ("group", "parent", "points", "learning_rate_ratio", "momentum_ratio", "weight_decay_ratio", "claimed_learning_rate")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     POINTS_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_RATIO_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_RATIO_FIELD_NUMBER: _ClassVar[int]
+    CLAIMED_LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     group: str
     parent: GroupValues
     points: _containers.RepeatedCompositeFieldContainer[RatePoint]
     learning_rate_ratio: float
-    def __init__(self, group: _Optional[str] = ..., parent: _Optional[_Union[GroupValues, _Mapping]] = ..., points: _Optional[_Iterable[_Union[RatePoint, _Mapping]]] = ..., learning_rate_ratio: _Optional[float] = ...) -> None: ...
+    momentum_ratio: float
+    weight_decay_ratio: float
+    claimed_learning_rate: float
+    def __init__(self, group: _Optional[str] = ..., parent: _Optional[_Union[GroupValues, _Mapping]] = ..., points: _Optional[_Iterable[_Union[RatePoint, _Mapping]]] = ..., learning_rate_ratio: _Optional[float] = ..., momentum_ratio: _Optional[float] = ..., weight_decay_ratio: _Optional[float] = ..., claimed_learning_rate: _Optional[float] = ...) -> None: ...
 
 class RatePoint(_message.Message):
     __slots__ = ("step", "values")
@@ -505,12 +618,14 @@ class SubmitJobResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
 
 class PlanJobRequest(_message.Message):
-    __slots__ = ("spec", "inherit")
+    __slots__ = ("spec", "inherit", "device")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     INHERIT_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     spec: JobSpec
     inherit: bool
-    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., inherit: _Optional[bool] = ...) -> None: ...
+    device: str
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., inherit: _Optional[bool] = ..., device: _Optional[str] = ...) -> None: ...
 
 class PlanJobResponse(_message.Message):
     __slots__ = ("plan",)
@@ -737,12 +852,14 @@ class ImportCheckpointResponse(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...) -> None: ...
 
 class ExportCheckpointRequest(_message.Message):
-    __slots__ = ("checkpoint", "target")
+    __slots__ = ("checkpoint", "target", "format")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
     checkpoint: str
     target: str
-    def __init__(self, checkpoint: _Optional[str] = ..., target: _Optional[str] = ...) -> None: ...
+    format: str
+    def __init__(self, checkpoint: _Optional[str] = ..., target: _Optional[str] = ..., format: _Optional[str] = ...) -> None: ...
 
 class ExportCheckpointResponse(_message.Message):
     __slots__ = ("files",)
@@ -757,10 +874,12 @@ class GetLineageRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
 
 class GetLineageResponse(_message.Message):
-    __slots__ = ("ancestors",)
+    __slots__ = ("ancestors", "forks")
     ANCESTORS_FIELD_NUMBER: _ClassVar[int]
+    FORKS_FIELD_NUMBER: _ClassVar[int]
     ancestors: _containers.RepeatedCompositeFieldContainer[Ancestor]
-    def __init__(self, ancestors: _Optional[_Iterable[_Union[Ancestor, _Mapping]]] = ...) -> None: ...
+    forks: _containers.RepeatedCompositeFieldContainer[Fork]
+    def __init__(self, ancestors: _Optional[_Iterable[_Union[Ancestor, _Mapping]]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ...) -> None: ...
 
 class Ancestor(_message.Message):
     __slots__ = ("job_id", "name", "start_step", "end_step")
@@ -773,6 +892,20 @@ class Ancestor(_message.Message):
     start_step: int
     end_step: int
     def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., start_step: _Optional[int] = ..., end_step: _Optional[int] = ...) -> None: ...
+
+class Fork(_message.Message):
+    __slots__ = ("job_id", "name", "parent_job_id", "start_step", "end_step")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PARENT_JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    START_STEP_FIELD_NUMBER: _ClassVar[int]
+    END_STEP_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    name: str
+    parent_job_id: str
+    start_step: int
+    end_step: int
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., parent_job_id: _Optional[str] = ..., start_step: _Optional[int] = ..., end_step: _Optional[int] = ...) -> None: ...
 
 class ListMetricsRequest(_message.Message):
     __slots__ = ("job_id", "start_step", "end_step", "max_points")
@@ -799,12 +932,14 @@ class CompareJobsRequest(_message.Message):
     def __init__(self, job_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CompareJobsResponse(_message.Message):
-    __slots__ = ("differences", "curves")
+    __slots__ = ("differences", "curves", "validation_refused")
     DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
     CURVES_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_REFUSED_FIELD_NUMBER: _ClassVar[int]
     differences: _containers.RepeatedCompositeFieldContainer[SpecDifference]
     curves: _containers.RepeatedCompositeFieldContainer[Curve]
-    def __init__(self, differences: _Optional[_Iterable[_Union[SpecDifference, _Mapping]]] = ..., curves: _Optional[_Iterable[_Union[Curve, _Mapping]]] = ...) -> None: ...
+    validation_refused: str
+    def __init__(self, differences: _Optional[_Iterable[_Union[SpecDifference, _Mapping]]] = ..., curves: _Optional[_Iterable[_Union[Curve, _Mapping]]] = ..., validation_refused: _Optional[str] = ...) -> None: ...
 
 class SpecDifference(_message.Message):
     __slots__ = ("field", "values")
@@ -815,14 +950,34 @@ class SpecDifference(_message.Message):
     def __init__(self, field: _Optional[str] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Curve(_message.Message):
-    __slots__ = ("job_id", "steps", "validation_bpb")
+    __slots__ = ("job_id", "steps", "validation_bpb", "name", "loss_steps", "loss", "in_force", "start_step", "end_step", "tokens", "train_s", "lineage", "evaluation_set")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_BPB_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LOSS_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    IN_FORCE_FIELD_NUMBER: _ClassVar[int]
+    START_STEP_FIELD_NUMBER: _ClassVar[int]
+    END_STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_SET_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     steps: _containers.RepeatedScalarFieldContainer[int]
     validation_bpb: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, job_id: _Optional[str] = ..., steps: _Optional[_Iterable[int]] = ..., validation_bpb: _Optional[_Iterable[float]] = ...) -> None: ...
+    name: str
+    loss_steps: _containers.RepeatedScalarFieldContainer[int]
+    loss: _containers.RepeatedScalarFieldContainer[float]
+    in_force: _containers.RepeatedCompositeFieldContainer[GroupValues]
+    start_step: int
+    end_step: int
+    tokens: int
+    train_s: float
+    lineage: _containers.RepeatedCompositeFieldContainer[Ancestor]
+    evaluation_set: str
+    def __init__(self, job_id: _Optional[str] = ..., steps: _Optional[_Iterable[int]] = ..., validation_bpb: _Optional[_Iterable[float]] = ..., name: _Optional[str] = ..., loss_steps: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., in_force: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., start_step: _Optional[int] = ..., end_step: _Optional[int] = ..., tokens: _Optional[int] = ..., train_s: _Optional[float] = ..., lineage: _Optional[_Iterable[_Union[Ancestor, _Mapping]]] = ..., evaluation_set: _Optional[str] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()
@@ -863,6 +1018,112 @@ class DrainNodeResponse(_message.Message):
     JOB_IDS_FIELD_NUMBER: _ClassVar[int]
     job_ids: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, job_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SampleCheckpointRequest(_message.Message):
+    __slots__ = ("checkpoint", "prompt", "max_tokens", "temperature", "top_k", "seed")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    prompt: str
+    max_tokens: int
+    temperature: float
+    top_k: int
+    seed: int
+    def __init__(self, checkpoint: _Optional[str] = ..., prompt: _Optional[str] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class SampleCheckpointResponse(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class PutFileRequest(_message.Message):
+    __slots__ = ("file", "data")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    file: FileHeader
+    data: bytes
+    def __init__(self, file: _Optional[_Union[FileHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class FileHeader(_message.Message):
+    __slots__ = ("folder", "name", "size_bytes", "sha256", "overwrite")
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
+    folder: str
+    name: str
+    size_bytes: int
+    sha256: str
+    overwrite: bool
+    def __init__(self, folder: _Optional[str] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., overwrite: _Optional[bool] = ...) -> None: ...
+
+class PutFileResponse(_message.Message):
+    __slots__ = ("present", "stored_bytes", "uri")
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    URI_FIELD_NUMBER: _ClassVar[int]
+    present: bool
+    stored_bytes: int
+    uri: str
+    def __init__(self, present: _Optional[bool] = ..., stored_bytes: _Optional[int] = ..., uri: _Optional[str] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("id", "name", "role", "create_time", "revoke_time")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    REVOKE_TIME_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    name: str
+    role: Role
+    create_time: _timestamp_pb2.Timestamp
+    revoke_time: _timestamp_pb2.Timestamp
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., revoke_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class CreateTokenRequest(_message.Message):
+    __slots__ = ("name", "role")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: Role
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
+
+class CreateTokenResponse(_message.Message):
+    __slots__ = ("token", "secret")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    token: Token
+    secret: str
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
+
+class ListTokensRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTokensResponse(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+
+class RevokeTokenRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class RevokeTokenResponse(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: Token
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("hello", "entries")

@@ -27,6 +27,7 @@ if _version_not_supported:
 
 class TrainingServiceStub:
     """For people and their programs: submit jobs, watch them, and manage what they leave behind.
+    Every call needs a bearer token; docs/roles.md says which role may call what.
     """
 
     def __init__(self, channel):
@@ -140,10 +141,36 @@ class TrainingServiceStub:
                 request_serializer=everstep_dot_v1_dot_everstep__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=everstep_dot_v1_dot_everstep__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.SampleCheckpoint = channel.unary_stream(
+                '/everstep.v1.TrainingService/SampleCheckpoint',
+                request_serializer=everstep_dot_v1_dot_everstep__pb2.SampleCheckpointRequest.SerializeToString,
+                response_deserializer=everstep_dot_v1_dot_everstep__pb2.SampleCheckpointResponse.FromString,
+                _registered_method=True)
+        self.PutFile = channel.stream_stream(
+                '/everstep.v1.TrainingService/PutFile',
+                request_serializer=everstep_dot_v1_dot_everstep__pb2.PutFileRequest.SerializeToString,
+                response_deserializer=everstep_dot_v1_dot_everstep__pb2.PutFileResponse.FromString,
+                _registered_method=True)
+        self.CreateToken = channel.unary_unary(
+                '/everstep.v1.TrainingService/CreateToken',
+                request_serializer=everstep_dot_v1_dot_everstep__pb2.CreateTokenRequest.SerializeToString,
+                response_deserializer=everstep_dot_v1_dot_everstep__pb2.CreateTokenResponse.FromString,
+                _registered_method=True)
+        self.ListTokens = channel.unary_unary(
+                '/everstep.v1.TrainingService/ListTokens',
+                request_serializer=everstep_dot_v1_dot_everstep__pb2.ListTokensRequest.SerializeToString,
+                response_deserializer=everstep_dot_v1_dot_everstep__pb2.ListTokensResponse.FromString,
+                _registered_method=True)
+        self.RevokeToken = channel.unary_unary(
+                '/everstep.v1.TrainingService/RevokeToken',
+                request_serializer=everstep_dot_v1_dot_everstep__pb2.RevokeTokenRequest.SerializeToString,
+                response_deserializer=everstep_dot_v1_dot_everstep__pb2.RevokeTokenResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
     """For people and their programs: submit jobs, watch them, and manage what they leave behind.
+    Every call needs a bearer token; docs/roles.md says which role may call what.
     """
 
     def SubmitJob(self, request, context):
@@ -177,7 +204,9 @@ class TrainingServiceServicer:
 
     def WatchJob(self, request, context):
         """One ordered stream of a job's events and metric points, across attempts. Ends when the job is
-        final and everything was sent. Resumable: pass the cursor of the last record seen.
+        final and everything was sent. Resumable: pass the cursor of the last record seen. Cursors
+        grow from record to record, with gaps: metric points of long jobs are thinned with age, events
+        never.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,14 +241,18 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateJob(self, request, context):
-        """Changes what may change while a job exists: priority and retention.
+        """Changes what may change while a job is not final: its priority, which counts from the next
+        scheduling decision on, and its retention, which counts from its next checkpoint on. Safe to
+        repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Forgets a final job and, where asked, its checkpoints.
+        """Forgets a final job for good: its checkpoints, logs, metrics and history. Refused while a job
+        that is not final started from one of its checkpoints. Answers once nothing is left; what was
+        begun is carried through, also by a service that starts anew. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -247,14 +280,14 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportCheckpoint(self, request, context):
-        """Brings a nanochat checkpoint into the store.
+        """Brings a nanochat checkpoint into the store, as the end of a job of its own, to continue from.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportCheckpoint(self, request, context):
-        """Writes a checkpoint in nanochat's format.
+        """Writes a checkpoint in nanochat's format, or as safetensors with a config.json.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,7 +301,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMetrics(self, request, context):
-        """The metric history of a job over a range of steps.
+        """The metric history of a job over a range of steps: every step of the last 8,192, and ever
+        fewer of those before, by powers of two.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -291,6 +325,48 @@ class TrainingServiceServicer:
 
     def DrainNode(self, request, context):
         """Moves jobs off a node, each with a checkpoint first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SampleCheckpoint(self, request, context):
+        """Text that a checkpoint's weights write after a prompt, piece by piece. Computed on the CPU
+        beside the service, one request at a time; running jobs are not disturbed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutFile(self, request_iterator, context):
+        """Brings one file of text or of a tokenizer into the store. Send `file` and wait for the first
+        answer: `present` says that the store holds this content already, and the call ends; else send
+        the bytes in order, and `stored_bytes` says how far the service has them. The file appears
+        whole, once its digest was found to be the one announced. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateToken(self, request, context):
+        """Makes a bearer token, whose secret is told in this answer and never again. When repeated after
+        a lost answer it is refused, for the name is taken: revoke that token, then make another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTokens(self, request, context):
+        """All tokens, oldest first, the revoked ones too. Never a secret. The token that the service was
+        started with, admin, is not among them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeToken(self, request, context):
+        """Takes a token out of use at once; a stream that it opened ends before it tells more. Safe to
+        repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -404,6 +480,31 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=everstep_dot_v1_dot_everstep__pb2.DrainNodeRequest.FromString,
                     response_serializer=everstep_dot_v1_dot_everstep__pb2.DrainNodeResponse.SerializeToString,
             ),
+            'SampleCheckpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.SampleCheckpoint,
+                    request_deserializer=everstep_dot_v1_dot_everstep__pb2.SampleCheckpointRequest.FromString,
+                    response_serializer=everstep_dot_v1_dot_everstep__pb2.SampleCheckpointResponse.SerializeToString,
+            ),
+            'PutFile': grpc.stream_stream_rpc_method_handler(
+                    servicer.PutFile,
+                    request_deserializer=everstep_dot_v1_dot_everstep__pb2.PutFileRequest.FromString,
+                    response_serializer=everstep_dot_v1_dot_everstep__pb2.PutFileResponse.SerializeToString,
+            ),
+            'CreateToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateToken,
+                    request_deserializer=everstep_dot_v1_dot_everstep__pb2.CreateTokenRequest.FromString,
+                    response_serializer=everstep_dot_v1_dot_everstep__pb2.CreateTokenResponse.SerializeToString,
+            ),
+            'ListTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTokens,
+                    request_deserializer=everstep_dot_v1_dot_everstep__pb2.ListTokensRequest.FromString,
+                    response_serializer=everstep_dot_v1_dot_everstep__pb2.ListTokensResponse.SerializeToString,
+            ),
+            'RevokeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeToken,
+                    request_deserializer=everstep_dot_v1_dot_everstep__pb2.RevokeTokenRequest.FromString,
+                    response_serializer=everstep_dot_v1_dot_everstep__pb2.RevokeTokenResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'everstep.v1.TrainingService', rpc_method_handlers)
@@ -414,6 +515,7 @@ def add_TrainingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
     """For people and their programs: submit jobs, watch them, and manage what they leave behind.
+    Every call needs a bearer token; docs/roles.md says which role may call what.
     """
 
     @staticmethod
@@ -973,6 +1075,141 @@ class TrainingService:
             '/everstep.v1.TrainingService/DrainNode',
             everstep_dot_v1_dot_everstep__pb2.DrainNodeRequest.SerializeToString,
             everstep_dot_v1_dot_everstep__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/everstep.v1.TrainingService/SampleCheckpoint',
+            everstep_dot_v1_dot_everstep__pb2.SampleCheckpointRequest.SerializeToString,
+            everstep_dot_v1_dot_everstep__pb2.SampleCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutFile(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/everstep.v1.TrainingService/PutFile',
+            everstep_dot_v1_dot_everstep__pb2.PutFileRequest.SerializeToString,
+            everstep_dot_v1_dot_everstep__pb2.PutFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.v1.TrainingService/CreateToken',
+            everstep_dot_v1_dot_everstep__pb2.CreateTokenRequest.SerializeToString,
+            everstep_dot_v1_dot_everstep__pb2.CreateTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.v1.TrainingService/ListTokens',
+            everstep_dot_v1_dot_everstep__pb2.ListTokensRequest.SerializeToString,
+            everstep_dot_v1_dot_everstep__pb2.ListTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.v1.TrainingService/RevokeToken',
+            everstep_dot_v1_dot_everstep__pb2.RevokeTokenRequest.SerializeToString,
+            everstep_dot_v1_dot_everstep__pb2.RevokeTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

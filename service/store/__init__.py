@@ -4,7 +4,19 @@ Invariant: what a method has returned from is on disk (WAL, synchronous=FULL); o
 """
 
 from service.store.database import Database
+from service.store.deletion_store import DeletionStore
 from service.store.job_store import JobStore
 from service.store.record_store import NewRecord, RecordStore
+from service.store.thinning import Thinning
+from service.store.token_store import Token, TokenStore
 
-__all__ = ["Database", "JobStore", "NewRecord", "RecordStore"]
+__all__ = [
+    "Database",
+    "DeletionStore",
+    "JobStore",
+    "NewRecord",
+    "RecordStore",
+    "Thinning",
+    "Token",
+    "TokenStore",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, Self
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import event
+from sqlalchemy import AsyncAdaptedQueuePool, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 TOUCHED = "touched"  # key in a connection's info: jobs whose stream grew in this transaction
+RETURN_S, RETURN_POLL_S = 5.0, 0.01
 BUSY_TIMEOUT_MS = 10_000  # another process may hold the file for a backup
 
 
@@ -38,6 +40,14 @@ class Database:
 
     async def close(self) -> None:
         """Close every connection; what was written stays."""
+        # A call that was cancelled gives its connection back a moment later, and one that came back
+        # after the pool's end would never be closed.
+        pool = self._engine.pool
+        assert isinstance(pool, AsyncAdaptedQueuePool)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETURN_S):
+                while pool.checkedout():
+                    await asyncio.sleep(RETURN_POLL_S)
         await self._engine.dispose()
 
     @asynccontextmanager

@@ -24,8 +24,8 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def insert(self, job: Job, record: NewRecord) -> Job:
-        """Store a new job with its first record, or return the one with the same request_id."""
+    async def insert(self, job: Job, *records: NewRecord) -> Job:
+        """Store a new job with its first records, or return the one with the same request_id."""
         async with self._database.write() as connection:
             found = await _first(connection, jobs.c.request_id == job.request_id)
             if found is not None:
@@ -37,10 +37,12 @@ class JobStore:
             assert key is not None
             await connection.execute(
                 sa.insert(progress).values(
-                    job_id=job.id, next_cursor=1, step=job.start.step if job.start else 0
+                    job_id=job.id,
+                    next_cursor=1,
+                    step=job.start.step if job.start else job.spec.start.step or 0,
                 )
             )
-            await append_records(connection, job.id, [record])
+            await append_records(connection, job.id, records)
             return replace(job, submission=int(key[0]), version=0)
 
     async def get(self, job_id: str) -> Job | None:
@@ -55,7 +57,9 @@ class JobStore:
 
     async def unfinished(self) -> list[Job]:
         """Every job that is not final, in order of submission."""
-        query = sa.select(jobs).where(jobs.c.state.not_in([state.value for state in FINAL]))
+        # By the states that count, not by those that don't: only so the index serves.
+        states = [state.value for state in JobState if state not in FINAL]
+        query = sa.select(jobs).where(jobs.c.state.in_(states))
         async with self._database.read() as connection:
             rows = await connection.execute(query.order_by(jobs.c.submission))
             return [_job(row) for row in rows]
@@ -72,6 +76,23 @@ class JobStore:
         async with self._database.read() as connection:
             rows = await connection.execute(query.order_by(jobs.c.submission.desc()).limit(limit))
             return [JobView(_job(row), _progress(row)) for row in rows]
+
+    async def children(self, job_ids: Collection[str], limit: int) -> list[JobView]:
+        """Jobs that continue from a checkpoint of one of these, in order of submission."""
+        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
+        query = query.where(jobs.c.start["job_id"].as_string().in_(job_ids))
+        async with self._database.read() as connection:
+            rows = await connection.execute(query.order_by(jobs.c.submission).limit(limit))
+            return [JobView(_job(row), _progress(row)) for row in rows]
+
+    async def unfinished_children(self, job_id: str) -> list[str]:
+        """Ids of jobs that are not final and started from a checkpoint of this one."""
+        query = sa.select(jobs.c.id).where(
+            jobs.c.start["job_id"].as_string() == job_id,
+            jobs.c.state.not_in([state.value for state in FINAL]),
+        )
+        async with self._database.read() as connection:
+            return list(await connection.scalars(query.order_by(jobs.c.submission)))
 
     async def counts(self) -> dict[JobState, int]:
         """How many jobs are in each state that any is in."""

@@ -56,13 +56,23 @@ class RecordStore:
         async with self._database.read() as connection:
             return [Record(*row) for row in await connection.execute(query)]
 
+    async def events(self, job_id: str) -> list[Record]:
+        """All events of a job, in order."""
+        query = (
+            sa.select(records.c.cursor, records.c.time, records.c.attempt, records.c.body)
+            .where(records.c.job_id == job_id, records.c.kind == "event")
+            .order_by(records.c.cursor)
+        )
+        async with self._database.read() as connection:
+            return [Record(*row) for row in await connection.execute(query)]
+
     async def points(
         self, job_id: str, start_step: int, end_step: int | None, max_points: int | None, limit: int
     ) -> list[Record]:
         """Metric points of a range of steps, both ends included, in order: one a step.
 
-        Where steps were trained twice the newest attempt's counts. max_points: evenly spaced, the
-        first and the last among them (1: the last). Never more than limit.
+        Where steps were trained twice the newest attempt's counts. max_points: at most so many,
+        evenly spaced, the first and the last among them (1: the last). Never more than limit.
         """
         wanted = [
             records.c.job_id == job_id,
@@ -75,21 +85,17 @@ class RecordStore:
         turn = sa.func.row_number().over(partition_by=records.c.step, order_by=newest_first)
         trained = sa.select(records.c.cursor, records.c.step, turn.label("turn")).where(*wanted)
         each = trained.subquery()
-        place = sa.func.row_number().over(order_by=each.c.step) - 1
-        once = (
-            sa.select(each.c.cursor, place.label("place"), sa.func.count().over().label("total"))
-            .where(each.c.turn == 1)
-            .subquery()
-        )
+        once: sa.Select[Any] = sa.select(each.c.cursor, each.c.step).where(each.c.turn == 1)
+        if max_points is not None:
+            once = _evenly(once.subquery(), max_points)
+        chosen = once.subquery()
         query = (
             sa.select(records.c.cursor, records.c.time, records.c.attempt, records.c.body)
-            .join(once, once.c.cursor == records.c.cursor)
+            .join(chosen, chosen.c.cursor == records.c.cursor)
             .where(records.c.job_id == job_id)
-            .order_by(once.c.place)
+            .order_by(chosen.c.step)
             .limit(limit)
         )
-        if max_points is not None:
-            query = query.where(_chosen(once.c.place, once.c.total, max_points))
         async with self._database.read() as connection:
             return [Record(*row) for row in await connection.execute(query)]
 
@@ -119,13 +125,14 @@ class RecordStore:
         in order; one that leaves a gap is not taken, so that the attempt sends from there again.
 
         Raises:
-            StaleAttemptError: a newer attempt of the job is known. One that was given up but lives
-                on must not mix its points with the newer one's.
+            StaleAttemptError: a newer attempt of the job is known, or the job was deleted. One that
+                was given up but lives on must not mix its points with the newer one's.
         """
         async with self._database.write() as connection:
             await _check_newest(connection, job_id, attempt)
             acknowledged = await _acknowledged(connection, job_id, attempt)
-            assert acknowledged is not None, "an attempt begins before it reports"
+            if acknowledged is None:  # it began before it reported
+                raise StaleAttemptError(f"job {job_id} was deleted")
             fresh: list[NewRecord] = []
             upto = acknowledged
             for sequence, record in entries:
@@ -174,19 +181,30 @@ async def append_records(
     )
 
 
-def _chosen(
-    place: sa.ColumnElement[int], total: sa.ColumnElement[int], count: int
-) -> sa.ColumnElement[bool]:
-    """Whether a place, from 0, is among count evenly spaced ones of total."""
+def _evenly(points: sa.Subquery, count: int) -> sa.Select[Any]:
+    """Up to count of them, evenly spaced by their steps: old ones may lie thinner than new ones.
+
+    The range of steps falls into count bins, the last step into one of its own; the first point of
+    each bin counts. Where there are no more than count points, all do.
+    """
     if count == 1:
-        return place == total - 1
-    # The places fall into count bins, the first and the last into bins of their own; the first
-    # place of each bin counts. Where total <= count that is every place.
-    gaps, last = count - 1, total - 1
-    return sa.or_(
-        place == 0,
-        total <= count,
-        (place * gaps) // last > ((place - 1) * gaps) // last,
+        newest = sa.select(points.c.cursor, points.c.step).order_by(points.c.step.desc())
+        return newest.limit(1)
+    first = sa.func.min(points.c.step).over()
+    width = sa.func.nullif(sa.func.max(points.c.step).over() - first, 0)
+    binned = sa.select(
+        points.c.cursor,
+        points.c.step,
+        # Whole numbers; of one step only, whose range is no range, SQLite makes one bin: NULL.
+        ((points.c.step - first) * (count - 1)).op("/")(width).label("bin"),
+        sa.func.count().over().label("total"),
+    ).subquery()
+    place = sa.func.row_number().over(partition_by=binned.c.bin, order_by=binned.c.step)
+    ranked = sa.select(
+        binned.c.cursor, binned.c.step, binned.c.total, place.label("place")
+    ).subquery()
+    return sa.select(ranked.c.cursor, ranked.c.step).where(
+        sa.or_(ranked.c.place == 1, ranked.c.total <= count)
     )
 
 

@@ -66,3 +66,34 @@ records = sa.Table(
     sa.Column("body", sa.LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
+
+# How far each job's stream was looked at by whoever thins it.
+thinned = sa.Table(
+    "thinned",
+    metadata,
+    sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("upto", sa.Integer, nullable=False),
+)
+
+# Bearer tokens by their digests; what names one that is in use names no other.
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("id", sa.String(26), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("role", sa.String(8), nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False, unique=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("revoked_at", sa.Float, nullable=True),
+)
+
+# Tombstones: what remains of jobs that were deleted, or are about to be.
+deletions = sa.Table(
+    "deletions",
+    metadata,
+    sa.Column("job_id", sa.String(26), primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("actor", sa.String(64), nullable=False),
+    sa.Column("asked_at", sa.Float, nullable=False),
+    sa.Column("done_at", sa.Float, nullable=True),
+)

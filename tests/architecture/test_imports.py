@@ -20,6 +20,7 @@ ONLY = {
     "alembic": {"service.store", "service.store.migrations"},
     "pydantic_settings": {"service.settings"},
     "prometheus_client": {"service.metrics", "service.__main__"},
+    "pynvml": {"trainer.gpu", "service.doctor"},
     "psutil": {"service.parts"},
     "pyarrow": {"trainer.data"},
     "tiktoken": {"trainer.data.tokenizer"},

@@ -84,8 +84,8 @@ async def test_what_is_wrong_is_said_part_by_part(
     api.plane.store.delete(second)
     problems = (await verify(api, f"{JOB}@4")).problems
     assert len(problems) == 2
-    assert "part-00000.safetensors: expected sha256" in problems[0]
-    assert "part-00001.safetensors: expected a file, found nothing" in problems[1]
+    assert "part-00000-00000.safetensors: expected sha256" in problems[0]
+    assert "part-00000-00001.safetensors: expected a file, found nothing" in problems[1]
 
 
 async def test_a_torn_manifest_is_a_problem_and_hides_no_other_checkpoint(
@@ -282,6 +282,24 @@ async def test_a_lineage_goes_back_to_fresh_weights_through_jobs_the_database_fo
     ]
     assert await lineage(api, "MIDDLE") == [("MIDDLE", "middle", 100, 100), older[1]]
     assert await lineage(api, JOB) == [(JOB, "tiny", 0, 0)]
+
+
+async def test_a_lineage_shows_every_fork_and_where_nanochats_part_began(api: Api) -> None:
+    began = {"start": {"from": "nanochat:/d12@900"}}
+    await api.plane.add(new_job(2, spec=began))
+    for number, parent, step in ((3, 2, 950), (4, 2, 1000), (5, 4, 1200), (6, 2, 950)):
+        await api.plane.add(new_job(number, start=ref_to(step, 1, f"JOB{parent}")))
+    answer = await api.call("GetLineage", pb.GetLineageRequest(job_id="JOB3"))
+    assert [(a.job_id, a.name, a.start_step, a.end_step) for a in answer.ancestors] == [
+        ("JOB3", "tiny", 950, 950),
+        ("JOB2", "tiny", 900, 950),
+        ("", "nanochat:file:/d12@900", 0, 900),
+    ]
+    assert [(f.job_id, f.parent_job_id, f.start_step) for f in answer.forks] == [
+        ("JOB4", "JOB2", 1000),
+        ("JOB6", "JOB2", 950),
+        ("JOB5", "JOB4", 1200),
+    ]
 
 
 async def test_a_lineage_ends_where_nothing_is_left(api: Api) -> None:

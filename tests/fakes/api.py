@@ -18,10 +18,19 @@ from grpc_status import rpc_status
 from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
+from service.access import Keyring
+from service.deletions import Deletions
 from service.interceptors import Gate
 from service.reports import RunServicer
+from service.sampling import Sampler
 from service.server import Server
 from service.servicer import TrainingServicer
+from service.store import TokenStore
+from service.tls import Certificate
+from service.tokens import Tokens
+from service.transfers import Transfers
+from service.updates import Updates
+from service.uploads import Uploads
 from tests.fakes.control_plane import TINY, ControlPlane, changed, control_plane
 from tests.fakes.ray_cluster import FakeRayCluster
 from trainer.contract.credential import AttemptIdentity, attempt_credential, host_key
@@ -31,7 +40,10 @@ SECRET = bytes(range(32))
 FILLED = {
     "SubmitJob", "PlanJob", "GetJob", "ListJobs", "WatchJob", "PauseJob", "ResumeJob", "CancelJob",
     "StreamLogs",
-    "ListCheckpoints", "VerifyCheckpoint", "DeleteCheckpoint", "GetLineage", "ListMetrics",
+    "ListCheckpoints", "VerifyCheckpoint", "DeleteCheckpoint", "CompareJobs",
+    "GetLineage", "ListMetrics",
+    "ImportCheckpoint", "ExportCheckpoint", "SampleCheckpoint", "PutFile",
+    "CreateToken", "ListTokens", "RevokeToken", "UpdateJob", "DeleteJob",
 }  # fmt: skip
 TRAINING = pb.DESCRIPTOR.services_by_name["TrainingService"]
 RUN = pb.DESCRIPTOR.services_by_name["RunService"]
@@ -51,8 +63,10 @@ class Api:
     """A served control plane and a channel to it."""
 
     plane: ControlPlane
+    address: str
     channel: grpc.aio.Channel
     training: Any
+    server: Server
 
     async def call(self, method: str, request: Any, token: str | None = ADMIN) -> Any:
         metadata = bearer(token) if token is not None else ()
@@ -97,19 +111,45 @@ class Api:
 
 
 @asynccontextmanager
-async def served(folder: Path, cluster: FakeRayCluster | None = None) -> AsyncIterator[Api]:
+async def served(
+    folder: Path, cluster: FakeRayCluster | None = None, tls: Certificate | None = None
+) -> AsyncIterator[Api]:
     async with control_plane(folder, cluster) as plane:
-        server = Server(
-            Gate(ADMIN, SECRET, plane.metrics),
-            TrainingServicer(plane.lifecycle, plane.storage),
-            RunServicer(plane.jobs, plane.records, plane.metrics, plane.reconciler.directive),
+        keyring = Keyring(ADMIN)
+        tokens = Tokens(TokenStore(plane.database), keyring)
+        await tokens.load()
+        deletions = Deletions(
+            plane.lifecycle, plane.jobs, plane.deletions, plane.storage, plane.metrics
         )
-        port = await server.start("127.0.0.1:0")
+        server = Server(
+            Gate(keyring, SECRET, plane.metrics),
+            TrainingServicer(
+                plane.lifecycle,
+                plane.storage,
+                Uploads(plane.storage, folder / "uploads"),
+                Sampler(plane.lifecycle, plane.storage.uri),
+                Transfers(plane.lifecycle, plane.storage),
+                tokens,
+                Updates(plane.lifecycle, plane.jobs, plane.storage, plane.reconciler.wake),
+                deletions,
+            ),
+            RunServicer(plane.jobs, plane.records, plane.metrics, plane.reconciler.directive),
+            tls.credentials() if tls else None,
+        )
+        address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield Api(plane, channel, rpc.TrainingServiceStub(channel))
+            async with _channel(address, tls) as channel:
+                yield Api(plane, address, channel, rpc.TrainingServiceStub(channel), server)
         finally:
             await server.stop()
+            await deletions.close()
+
+
+def _channel(address: str, tls: Certificate | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address)
+    trusted = grpc.ssl_channel_credentials(tls.authority.read_bytes())
+    return grpc.aio.secure_channel(address, trusted)
 
 
 def details(error: grpc.aio.AioRpcError, kind: type[Any]) -> Any:

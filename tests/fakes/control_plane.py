@@ -17,7 +17,7 @@ from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.reconciler import Reconciler
 from service.storage import Storage
-from service.store import Database, JobStore, RecordStore
+from service.store import Database, DeletionStore, JobStore, RecordStore
 from tests.fakes.corpus import CORPUS, TOKENIZER
 from tests.fakes.ray_cluster import FakeRayCluster
 from trainer.contract.spec import JobSpec
@@ -66,9 +66,11 @@ class ControlPlane:
     reconciler: Reconciler = field(init=False)
     storage: Storage = field(init=False)
     lifecycle: Lifecycle = field(init=False)
+    deletions: DeletionStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.jobs, self.records = JobStore(self.database), RecordStore(self.database)
+        self.deletions = DeletionStore(self.database)
         self.metrics = Metrics(CollectorRegistry())
         self.reconciler = Reconciler(
             self.jobs,
@@ -96,7 +98,7 @@ class ControlPlane:
 
     async def want(self, job_id: str, desired: Desired) -> None:
         """What a user's call does first."""
-        await self.lifecycle._desire(job_id, desired)
+        await self.lifecycle._desire(job_id, desired, "test", "")
 
     async def tick(self, times: int = 1) -> None:
         """Reconcile."""
@@ -123,6 +125,13 @@ class ControlPlane:
             if event.kind == pb.EVENT_KIND_STATE_CHANGED:
                 found.append(pb.JobState.Name(event.state).removeprefix("JOB_STATE_"))
         return found
+
+    async def messages(self, job_id: str) -> list[str]:
+        """What every event of the job's stream says."""
+        from everstep.v1 import everstep_pb2 as pb
+
+        records = await self.records.events(job_id)
+        return [pb.WatchJobResponse.FromString(record.body).event.message for record in records]
 
 
 @asynccontextmanager

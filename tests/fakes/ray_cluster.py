@@ -64,9 +64,10 @@ class FakeRayCluster:
     async def close(self) -> None:
         """Hosts live on."""
 
-    def ends(self, key: HostKey, *results: AttemptResult) -> None:
+    def ends(self, key: HostKey, *results: AttemptResult, budget_spent: bool = False) -> None:
         """The host's attempts so far ended like this, and it starts no other."""
         self.says(key, *results, finished=True)
+        self.known[key] = replace(self.known[key], budget_spent=budget_spent)
 
     def says(self, key: HostKey, *results: AttemptResult, finished: bool = False) -> None:
         """The host's attempts so far ended like this."""

@@ -118,5 +118,11 @@ for _method in (
     "DeleteCheckpoint",
     "GetLineage",
     "ListMetrics",
+    "CompareJobs",
+    "CreateToken",
+    "ListTokens",
+    "RevokeToken",
+    "UpdateJob",
+    "DeleteJob",
 ):
     setattr(FakeTrainingService, _method, _handler(_method))

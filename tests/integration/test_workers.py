@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from everstep import Client
 from everstep.v1 import everstep_pb2 as pb
-from tests.stack import SMALL_JOB, Stack, running_stack, wait_for_state
+from tests.stack import SMALL_JOB, Stack, running_stack, wait_for_state, wait_until
 
+ROOT = Path(__file__).parents[2]
 STEPS = 30
 
 
@@ -33,6 +40,54 @@ def run(client: Client, workers: int) -> tuple[pb.Job, list[pb.MetricPoint]]:
     job = client.submit(spec(workers)).job
     job = wait_for_state(client, job.id, pb.JOB_STATE_SUCCEEDED)
     return job, [r.point for r in client.watch(job.id) if r.HasField("point")]
+
+
+def test_a_foreign_client_submits_watches_and_cancels_by_reflection(gpus: Stack) -> None:
+    def call(method: str, **request: object) -> list[dict[str, Any]]:
+        """examples/buf-curl, as a person would; every message of the answer."""
+        done = subprocess.run(
+            [ROOT / "examples/buf-curl", method, json.dumps(request)],
+            env={
+                **os.environ,
+                "EVERSTEP_STATE": str(gpus.state),
+                "BUF": str(Path(sys.executable).with_name("buf")),
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found, decoder, text = [], json.JSONDecoder(), done.stdout.strip()
+        while text:
+            message, end = decoder.raw_decode(text)
+            found.append(message)
+            text = text[end:].lstrip()
+        return found
+
+    endless = {**spec(1), "schedule": {"num_iterations": 1_000_000}, "compile": "COMPILE_OFF"}
+    endless["precision"] = {"compute": "COMPUTE_FP32"}
+    (submitted,) = call("SubmitJob", spec=endless, request_id="by hand")
+    job_id = submitted["job"]["id"]
+    with gpus.client() as client:
+        wait_until(lambda: client.get(job_id).step > 0, 240, "its first step")
+    (cancelled,) = call("CancelJob", job_id=job_id)
+    assert cancelled["job"]["state"] == "JOB_STATE_CANCELLED"
+    records = call("WatchJob", job_id=job_id)
+    assert any("point" in record for record in records)
+    assert records[-1]["event"]["state"] == "JOB_STATE_CANCELLED"
+
+
+def test_the_doctor_finds_a_running_service_well(gpus: Stack) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "everstep.cli", "doctor", "--state", gpus.state, "-o", "json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = {each["check"]: each for each in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 0, found
+    assert (found["ray"]["state"], found["store"]["state"]) == ("ok", "ok")
+    assert "2 GPUs" in found["ray"]["found"]
+    assert "our service runs" in found["grpc port"]["found"]
 
 
 def test_two_workers_train_what_one_does(gpus: Stack) -> None:

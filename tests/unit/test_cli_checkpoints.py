@@ -18,6 +18,10 @@ from tests.fakes.training_service import Failure, FakeTrainingService, refusal
 NOW = Timestamp(seconds=1_800_000_000)
 
 
+# A tree's lines, as rich draws them.
+TEE, ELL, BAR = "\u251c\u2500\u2500", "\u2514\u2500\u2500", "\u2502"
+
+
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTrainingService]:
     with FakeTrainingService() as fake:
@@ -105,21 +109,33 @@ def test_verify_and_delete_exclude_each_other(service: FakeTrainingService) -> N
     assert service.requests == {}
 
 
-def test_lineage_is_a_table_and_json(
+def test_lineage_is_a_tree_and_json(
     service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ancestors = [
         pb.Ancestor(job_id="JOB3", name="warm", start_step=2000, end_step=2500),
         pb.Ancestor(job_id="JOB2", name="", start_step=0, end_step=2000),
+        pb.Ancestor(name="nanochat:/d12@900", end_step=900),
     ]
-    service.script(GetLineage=[pb.GetLineageResponse(ancestors=ancestors)])
+    forks = [
+        pb.Fork(job_id="FORK2", name="b", parent_job_id="JOB2", start_step=1500, end_step=1600),
+        pb.Fork(job_id="FORK1", name="a", parent_job_id="JOB2", start_step=1000, end_step=3000),
+        pb.Fork(job_id="LATER", name="c", parent_job_id="FORK1", start_step=3000, end_step=3000),
+    ]
+    service.script(GetLineage=[pb.GetLineageResponse(ancestors=ancestors, forks=forks)])
     assert run(["lineage", "JOB3"]) == 0
-    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
-    assert rows[1] == ["JOB3", "warm", "2,000", "2,500"]
-    assert rows[2] == ["JOB2", "(nothing", "is", "left", "of", "it)", "?", "2,000"]
+    assert [row.rstrip() for row in capsys.readouterr().out.splitlines()] == [
+        "nanochat:/d12@900",
+        f"{ELL} JOB2  (nothing is left of it)  to step 2,000",
+        f"    {TEE} JOB3  warm  steps 2,000 to 2,500",
+        f"    {TEE} FORK1  a  steps 1,000 to 3,000",
+        f"    {BAR}   {ELL} LATER  c  steps 3,000 to 3,000",
+        f"    {ELL} FORK2  b  steps 1,500 to 1,600",
+    ]
     assert run(["lineage", "JOB3", "-o", "json"]) == 0
-    shown = json.loads(capsys.readouterr().out)["ancestors"]
-    assert [item["job_id"] for item in shown] == ["JOB3", "JOB2"]
+    shown = json.loads(capsys.readouterr().out)
+    assert [item["job_id"] for item in shown["ancestors"]] == ["JOB3", "JOB2", ""]
+    assert [item["parent_job_id"] for item in shown["forks"]] == ["JOB2", "JOB2", "FORK1"]
 
 
 def points(*steps: int) -> pb.ListMetricsResponse:

@@ -294,3 +294,25 @@ def test_serve_becomes_the_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_durations_are_told_in_the_units_that_matter(seconds: float, words: str) -> None:
     assert output.duration(seconds) == words
     assert output.duration(117_720) == "1 d 8 h"
+
+
+def test_update_sends_what_was_given_and_nothing_else(
+    service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.script(UpdateJob=[pb.UpdateJobResponse(job=job())])
+    assert run(["update", "JOB1", "--priority", "0", "--no-keep-best"]) == 0
+    assert run(["update", "JOB1", "--keep-last", "4", "-o", "json"]) == 0
+    first, second = service.requests["UpdateJob"]
+    assert first == pb.UpdateJobRequest(
+        job_id="JOB1", priority=0, retention=pb.CheckpointSpec(keep_best=False)
+    )
+    assert second == pb.UpdateJobRequest(job_id="JOB1", retention=pb.CheckpointSpec(keep_last=4))
+    assert "JOB1: priority 0; keeps the last 3" in capsys.readouterr().out
+
+
+def test_delete_takes_checkpoints_along_only_when_told(service: FakeTrainingService) -> None:
+    refused = Failure(grpc.StatusCode.FAILED_PRECONDITION, "has 2 checkpoints")
+    service.script(DeleteJob=[refused, pb.DeleteJobResponse()])
+    assert run(["delete", "JOB1"]) == 4
+    assert run(["delete", "JOB1", "--checkpoints"]) == 0
+    assert [each.delete_checkpoints for each in service.requests["DeleteJob"]] == [False, True]

@@ -67,6 +67,18 @@ def test_unavailable_is_retried_with_the_same_request_id(
     assert service.requests["SubmitJob"][2].request_id != first.request_id
 
 
+@pytest.mark.parametrize(
+    "code", [code for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE")]
+)
+def test_no_other_status_is_retried(
+    service: FakeTrainingService, client: everstep.Client, code: grpc.StatusCode
+) -> None:
+    service.script(GetJob=[Failure(code), pb.GetJobResponse()])
+    with pytest.raises(everstep.EverstepError):
+        client.get("J")
+    assert len(service.requests["GetJob"]) == 1
+
+
 def test_a_spec_may_be_given_in_three_forms(
     service: FakeTrainingService, client: everstep.Client
 ) -> None:

@@ -19,7 +19,7 @@ from service.errors import (
 )
 from service.jobs import Desired, Job
 from service.scheduler import Capacity
-from tests.fakes.control_plane import TINY, ControlPlane, changed, control_plane
+from tests.fakes.control_plane import TINY, ControlPlane, changed, control_plane, new_job
 from tests.fakes.corpus import write_corpus
 from tests.fakes.flaky_store import FlakyStore
 from tests.fakes.memory_store import MemoryObjectStore
@@ -153,7 +153,7 @@ async def test_requests_without_an_id_are_different_requests(plane: ControlPlane
         ({"data": {"source": "s3://b/x"}}, "data.source", "s3://bucket"),
         ({"model": {"vocab_size": 50}}, "model.vocab_size", "the tokenizer has 768"),
         ({"start": {"from": "NOBODY@5"}}, "start.from", "there is no such job"),
-        ({"start": {"from": "nanochat:/x@5"}}, "start.from", "can't be started from yet"),
+        ({"start": {"from": "nanochat:/x@5"}}, "start.from", "meta_000005.json is missing"),
     ],
 )
 async def test_what_a_spec_refers_to_and_is_not_there_is_named(
@@ -174,6 +174,20 @@ async def test_more_than_the_cluster_has_is_refused_with_what_it_has(plane: Cont
     plane.cluster.total = Capacity(gpus=1, cpus=64)
     await plane.tick()
     await submit(plane, resources=needs)
+
+
+async def test_a_job_that_waits_for_nodes_is_queued_with_what_is_missing(
+    plane: ControlPlane,
+) -> None:
+    await plane.tick()
+    job = await submit(plane, resources={"cpus_per_worker": 64, "wait_for_nodes": True})
+    await plane.tick()
+    waiting = await plane.job(job.id)
+    assert waiting.state is JobState.QUEUED
+    assert waiting.reason == "needs 0 GPU and 64 CPU, the cluster now has only 0 and 4"
+    plane.cluster.total = Capacity(gpus=0, cpus=64)
+    await plane.tick()
+    assert (await plane.job(job.id)).state is JobState.STARTING
 
 
 async def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(
@@ -305,12 +319,18 @@ async def test_cancel_waits_for_the_end_and_is_safe_to_repeat(plane: ControlPlan
     with pytest.raises(PreconditionError, match="being cancelled"):
         await plane.lifecycle.resume(job.id)
     await plane.tick()
-    view, manifest = await asyncio.wait_for(cancelling, 5)
+    view, manifest = await asyncio.wait_for(cancelling, 30)
     assert (view.job.state, manifest) == (JobState.CANCELLED, None)
-    again, _ = await asyncio.wait_for(plane.lifecycle.cancel(job.id), 5)
+    again, _ = await asyncio.wait_for(plane.lifecycle.cancel(job.id), 30)
     assert again.job == view.job
     with pytest.raises(PreconditionError, match="CANCELLED"):
         await plane.lifecycle.pause(job.id)
+
+
+async def test_a_job_that_ended_is_not_resumed(plane: ControlPlane) -> None:
+    job = await plane.add(new_job(1, state=JobState.SUCCEEDED))
+    with pytest.raises(PreconditionError, match="SUCCEEDED"):
+        await plane.lifecycle.resume(job.id)
 
 
 async def test_a_watch_goes_on_across_states_and_ends_with_the_job(plane: ControlPlane) -> None:
@@ -324,6 +344,6 @@ async def test_a_watch_goes_on_across_states_and_ends_with_the_job(plane: Contro
     await plane.want(job.id, Desired.CANCELLED)
     plane.cluster.lose((job.id, 1))
     await plane.tick()
-    assert await asyncio.wait_for(from_start, 5) == [1, 2, 3]
-    assert await asyncio.wait_for(from_two, 5) == [3]
-    assert await asyncio.wait_for(watch(3), 5) == []
+    assert await asyncio.wait_for(from_start, 30) == [1, 2, 3, 4]
+    assert await asyncio.wait_for(from_two, 30) == [3, 4]
+    assert await asyncio.wait_for(watch(4), 30) == []

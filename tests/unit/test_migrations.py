@@ -57,3 +57,19 @@ def test_there_is_one_line_of_migrations() -> None:
     script = ScriptDirectory(str(MIGRATIONS))
     assert len(script.get_heads()) == 1
     assert len(script.get_bases()) == 1
+
+
+def test_every_earlier_schema_is_brought_forward_with_its_rows(tmp_path: Path) -> None:
+    revisions = [each.revision for each in ScriptDirectory(str(MIGRATIONS)).walk_revisions()]
+    for revision in revisions:
+        path = tmp_path / f"{revision}.db"
+        migrate(path, revision)
+        engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
+        row = dict.fromkeys(schema.jobs.c.keys(), 0) | {"spec": {}, "start": None, "id": "J"}
+        with engine.begin() as connection:
+            connection.execute(sa.insert(schema.jobs).values(row))
+        migrate(path)
+        with engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_type": True})
+            assert compare_metadata(context, schema.metadata) == [], revision
+            assert connection.scalar(sa.select(schema.jobs.c.id)) == "J"

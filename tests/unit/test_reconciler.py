@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from service.errors import ClusterAwayError
 from service.jobs import Desired, Job
 from service.ray_cluster import HostStatus
 from tests.fakes.control_plane import ControlPlane, control_plane, new_job
-from trainer.contract.outcome import RESTART_BUDGET, AttemptResult, Outcome
+from trainer.contract import outcome
+from trainer.contract.outcome import RESTART_BUDGET, RESTART_WINDOW_S, AttemptResult, Outcome
 from trainer.contract.states import JobState
 
 COMPLETED = AttemptResult(1, Outcome.COMPLETED, "reached the horizon, step 12", 12, 12)
@@ -44,6 +47,17 @@ async def started(plane: ControlPlane, **changes: Any) -> Job:
 async def running(plane: ControlPlane) -> Job:
     """JOB1, RUNNING on its first host."""
     return await plane.trains(await started(plane))
+
+
+async def lost_before(plane: ControlPlane, count: int, ended: float) -> None:
+    """JOB1, RUNNING on its first host, which lost workers before."""
+    job = await started(plane)
+    for number in range(1, count + 1):
+        job = await plane.trains(job, number)
+        lost = replace(LOST, attempt=number, ended_at=ended)
+        plane.cluster.says(FIRST, lost)
+        await plane.tick()
+    await plane.trains(job, count + 1)
 
 
 async def test_a_queued_job_starts_when_its_resources_are_free(plane: ControlPlane) -> None:
@@ -120,11 +134,60 @@ async def test_an_outcome_that_would_come_again_fails_the_job_by_name(plane: Con
 
 async def test_a_spent_restart_budget_fails_the_job_and_says_so(plane: ControlPlane) -> None:
     await running(plane)
-    plane.cluster.ends(FIRST, *[LOST] * (RESTART_BUDGET + 1))
+    plane.cluster.ends(FIRST, LOST, budget_spent=True)
     await plane.tick()
     job = await plane.job("JOB1")
     assert job.state is JobState.FAILED
     assert job.reason == "restart budget spent; WORKER_LOST: the worker was killed"
+
+
+async def test_hosts_lost_too_often_within_the_window_fail_the_job(plane: ControlPlane) -> None:
+    """The budget counts over hosts, by what the database says of attempts."""
+    await lost_before(plane, RESTART_BUDGET, time.time() - 60)
+    plane.cluster.lose(FIRST)
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.reason) == (
+        JobState.FAILED,
+        "restart budget spent; HOST_LOST: its host is gone",
+    )
+    assert len(plane.cluster.started) == 1
+
+
+async def test_a_lost_host_waits_longer_each_time_and_the_next_one_knows_the_ends(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = time.time() - 1.0
+    await lost_before(plane, 3, ended)
+    plane.cluster.lose(FIRST)
+    await plane.tick(2)
+    assert len(plane.cluster.started) == 1, "the fourth loss in a row is followed by a pause"
+    monkeypatch.setattr(outcome, "BACKOFF_S", (0.0,))
+    await plane.tick()
+    first, second = plane.cluster.started
+    assert first["earlier_ends"] == []
+    assert len(second["earlier_ends"]) == 4
+    assert sorted(second["earlier_ends"])[:3] == [ended] * 3
+
+
+async def test_ends_of_long_ago_neither_fail_a_job_nor_hold_it_up(plane: ControlPlane) -> None:
+    await lost_before(plane, RESTART_BUDGET, time.time() - RESTART_WINDOW_S - 1)
+    plane.cluster.lose(FIRST)
+    await plane.tick()
+    assert (await plane.job("JOB1")).host_number == 2
+
+
+async def test_a_host_is_not_given_up_while_its_attempt_still_reports(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await running(plane)
+    plane.cluster.lose(FIRST)
+    plane.reconciler.directive(job)  # a report came a moment ago
+    await plane.tick(2)
+    assert await plane.job("JOB1") == job
+    monkeypatch.setattr(reconciler, "HEARD_S", 0.0)
+    await plane.tick()
+    assert (await plane.job("JOB1")).host_number == 2
 
 
 async def test_a_host_that_restarts_its_attempt_puts_the_job_back_to_starting(
@@ -297,6 +360,82 @@ async def test_a_suspended_service_queues_what_runs_and_starts_nothing(
     assert (await plane.job("JOB1")).state is JobState.QUEUED
     assert (await plane.job("JOB2")).state is JobState.QUEUED
     assert len(plane.cluster.started) == 1
+
+
+URGENT = {"priority": 5, "resources": {"cpus_per_worker": 4}}
+
+
+async def preempted(plane: ControlPlane) -> Job:
+    """JOB1, RUNNING and asked to make way for JOB2."""
+    job = await plane.trains(await started(plane, spec={"preemptible": True}))
+    await plane.add(new_job(2, spec=URGENT))
+    await plane.tick()
+    assert (await plane.job("JOB2")).reason == "place 1 in the queue: JOB1 makes way for it"
+    return job
+
+
+async def test_a_job_makes_way_with_a_checkpoint_and_goes_on_later_by_itself(
+    plane: ControlPlane,
+) -> None:
+    job = await preempted(plane)
+    assert plane.reconciler.directive(job) == pb.DIRECTIVE_STOP
+    await plane.tick(3)
+    assert plane.cluster.stopped == [FIRST], "asked once"
+    assert await plane.job("JOB1") == job, "it runs until it has stopped"
+    plane.cluster.ends(FIRST, STOPPED)
+    await plane.tick()
+    first, second = await plane.job("JOB1"), await plane.job("JOB2")
+    assert (first.state, second.state) == (JobState.QUEUED, JobState.STARTING)
+    told = [message for message in await plane.messages("JOB1") if "preempted" in message]
+    assert told == [f"preempted by job JOB2: {STOPPED.message}"]
+    await plane.tick(2)
+    assert (await plane.job("JOB1")).reason.startswith("place 1 in the queue")
+    plane.cluster.ends(("JOB2", 1), COMPLETED)
+    await plane.tick()
+    again = await plane.job("JOB1")
+    assert (again.state, again.host_number) == (JobState.STARTING, 2)
+    assert plane.reconciler.directive(again) == pb.DIRECTIVE_UNSPECIFIED
+
+
+async def test_a_restarted_service_has_the_same_job_make_way(tmp_path: Path) -> None:
+    async with control_plane(tmp_path) as plane:
+        await preempted(plane)
+        cluster = plane.cluster
+    async with control_plane(tmp_path, cluster) as plane:
+        await plane.tick(2)
+        assert cluster.stopped == [FIRST]
+        cluster.ends(FIRST, STOPPED)
+        await plane.tick()
+        assert (await plane.job("JOB1")).state is JobState.QUEUED
+        assert (await plane.job("JOB2")).state is JobState.STARTING
+
+
+@pytest.mark.parametrize("desired", [Desired.CANCELLED, Desired.PAUSED])
+async def test_a_users_wish_outranks_a_preemption(plane: ControlPlane, desired: Desired) -> None:
+    await preempted(plane)
+    await plane.want("JOB1", desired)
+    await plane.tick()
+    plane.cluster.ends(FIRST, STOPPED)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state.value == desired.value
+
+
+async def test_a_job_that_breaks_while_it_makes_way_is_queued(plane: ControlPlane) -> None:
+    await preempted(plane)
+    await plane.tick()
+    plane.cluster.ends(FIRST, LOST)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is JobState.QUEUED
+
+
+async def test_a_job_whose_host_is_lost_while_it_makes_way_starts_no_other(
+    plane: ControlPlane,
+) -> None:
+    await preempted(plane)
+    plane.cluster.lose(FIRST)
+    await plane.tick()
+    assert (await plane.job("JOB1")).state is JobState.QUEUED
+    assert [config["job_id"] for config in plane.cluster.started] == ["JOB1", "JOB2"]
 
 
 async def test_foreign_and_stale_hosts_are_killed(plane: ControlPlane) -> None:

@@ -5,13 +5,25 @@ from service.scheduler import Capacity, decide, needs
 from tests.fakes.control_plane import new_job
 
 
-def job(number: int, cpus: int, gpus: int = 0, workers: int = 1, priority: int = 0) -> Job:
+def job(
+    number: int,
+    cpus: int,
+    gpus: int = 0,
+    workers: int = 1,
+    priority: int = 0,
+    preemptible: bool = False,
+) -> Job:
     resources = {
         "cpus_per_worker": cpus,
         "gpus_per_worker": gpus,
         "workers": {"min": workers, "max": workers + 1},
     }
-    spec = {"resources": resources, "priority": priority, "batch": {"total_batch_size": 1024}}
+    spec = {
+        "resources": resources,
+        "priority": priority,
+        "preemptible": preemptible,
+        "batch": {"total_batch_size": 1024},
+    }
     return new_job(number, spec=spec, submission=number)
 
 
@@ -53,3 +65,50 @@ def test_nothing_starts_where_more_is_held_than_there_is() -> None:
     decision = decide([job(1, 1)], [job(8, 4), job(9, 4)], Capacity(0, 4))
     assert decision.start == ()
     assert "free are 0 and 0 of 0 and 4" in decision.waiting["JOB1"]
+
+
+def lesser(number: int, cpus: int, priority: int = 0) -> Job:
+    """A running job that makes way."""
+    return job(number, cpus, priority=priority, preemptible=True)
+
+
+def test_the_lowest_priority_and_then_the_youngest_makes_way_and_the_job_says_so() -> None:
+    urgent = job(9, 2, priority=5)
+    decision = decide([urgent], [lesser(1, 2), lesser(2, 2), lesser(3, 2, 1)], Capacity(0, 6))
+    assert ids(decision.preempt) == ["JOB2"]
+    assert decision.preempted_by == urgent
+    assert decision.start == ()
+    assert decision.waiting["JOB9"] == "place 1 in the queue: JOB2 makes way for it"
+
+
+def test_as_few_as_let_the_job_start_make_way() -> None:
+    holding = [lesser(1, 1), lesser(2, 1), lesser(3, 4, 1)]
+    assert ids(decide([job(9, 4, priority=5)], holding, Capacity(0, 6)).preempt) == ["JOB3"]
+    both = decide([job(9, 2, priority=5)], holding, Capacity(0, 6))
+    assert ids(both.preempt) == ["JOB2", "JOB1"]
+
+
+def test_nobody_makes_way_unasked_for_an_equal_or_in_vain() -> None:
+    urgent = job(9, 4, priority=5)
+    for holding in (
+        [job(1, 4)],  # its spec doesn't allow it
+        [lesser(1, 4, priority=5)],
+        [lesser(1, 4, priority=6)],
+        [lesser(1, 2), job(2, 2)],  # half of what is needed helps nobody
+    ):
+        decision = decide([urgent], holding, Capacity(0, 4))
+        assert (decision.preempt, decision.preempted_by) == ((), None)
+
+
+def test_nobody_else_is_asked_while_one_is_leaving() -> None:
+    holding = [lesser(1, 4), lesser(2, 4)]
+    queued = [job(9, 4, priority=5)]
+    assert ids(decide(queued, holding, Capacity(0, 8)).preempt) == ["JOB2"]
+    assert decide(queued, holding, Capacity(0, 8), {"JOB2"}).preempt == ()
+    assert decide(queued, holding, Capacity(0, 8), {"JOB1"}).preempt == ()
+
+
+def test_only_the_first_that_waits_has_others_make_way_for_it() -> None:
+    queued = [job(8, 8, priority=9), job(9, 4, priority=5)]
+    decision = decide(queued, [lesser(1, 4), job(2, 4)], Capacity(0, 8))
+    assert decision.preempt == ()

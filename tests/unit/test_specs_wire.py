@@ -30,11 +30,12 @@ guards:   {max_lr_jump: 2.0, allow_lr_jump: false}
 evaluate: {every: 250, tokens: 41943040}
 sample:   {every: 2000}
 checkpoint: {every_steps: 1000, every_s: 900, keep_last: 3, keep_every_steps: 10000, keep_best: true}
-resources: {workers: {min: 1, max: 1}, gpus_per_worker: 1, cpus_per_worker: 2}
+resources: {workers: {min: 1, max: 1}, gpus_per_worker: 1, cpus_per_worker: 2, wait_for_nodes: false}
 precision: {compute: bf16, embeddings: compute}
 compile: auto
 deterministic: true
 priority: 0
+preemptible: false
 """  # noqa: E501
 # Fields without a value of their own: their comments say what stands for them.
 WORDED = {"model.n_kv_head", "model.vocab_size", "optimizer.grad_clip_norm", "start.from"}

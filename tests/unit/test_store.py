@@ -222,3 +222,26 @@ async def test_what_was_said_to_be_durable_survives_kill_9(tmp_path: Path) -> No
 
 if __name__ == "__main__":
     asyncio.run(writes_until_killed(Path(sys.argv[1])))
+
+
+async def test_closing_waits_for_a_connection_that_a_cancelled_read_gives_back(
+    tmp_path: Path,
+) -> None:
+    database = await Database.open(tmp_path / "everstep.db")
+
+    async def hold() -> None:
+        async with database.read() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+            entered.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.05)
+
+    entered = asyncio.Event()
+    reading = asyncio.create_task(hold())
+    await entered.wait()
+    reading.cancel()
+    await database.close()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert database._engine.pool.checkedout() == 0  # type: ignore[attr-defined]

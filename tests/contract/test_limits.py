@@ -1,0 +1,135 @@
+"""What a caller can't overdo, and how the server begins and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from everstep.specs import dict_to_proto
+from everstep.v1 import everstep_pb2 as pb
+from service import servicer
+from tests.fakes.api import ADMIN, Api, bearer, reason, served
+from tests.fakes.control_plane import TINY, changed
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+METADATA = "169.254.169.254"
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Api]:
+    async with served(tmp_path) as made:
+        yield made
+
+
+async def test_a_message_past_the_limit_is_refused_and_the_next_is_answered(api: Api) -> None:
+    request = pb.GetJobRequest(job_id="x" * (8 << 20))
+    error = await api.refused("GetJob", request)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await api.call("ListJobs", pb.ListJobsRequest())
+
+
+@pytest.mark.parametrize("method", ["SubmitJob", "PlanJob", "ImportCheckpoint"])
+async def test_a_spec_past_the_limit_is_refused_before_it_is_read(api: Api, method: str) -> None:
+    spec = pb.JobSpec(name="x" * servicer.MAX_SPEC_BYTES)
+    error = await api.refused(method, getattr(pb, f"{method}Request")(spec=spec))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"at most {servicer.MAX_SPEC_BYTES}" in (error.details() or "")
+
+
+async def test_so_many_streams_are_open_at_once_and_one_that_ends_makes_room(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "MAX_STREAMS", 2)
+    job_id = (await api.submit()).job.id
+
+    def watch() -> Any:
+        request = pb.WatchJobRequest(job_id=job_id)
+        return api.training.WatchJob(request, metadata=bearer(ADMIN), timeout=20)
+
+    first, second = watch(), watch()
+    for call in (first, second):
+        await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await watch().read()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason(caught.value) == "BUSY"
+    assert "2 watches and logs are open" in (caught.value.details() or "")
+    first.cancel()
+    async with asyncio.timeout(20):
+        while True:  # the server hears of the cancellation a moment later
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await watch().read()
+                break
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"http://{METADATA}/latest/meta-data",
+        f"s3://{METADATA}:80/x",
+        f"s3://user@{METADATA}/x",
+        f"s3://bucket?endpoint=http://{METADATA}",
+        "s3://[fe80::1]/x",
+        "ftp://corpus/x",
+        f"//{METADATA}/x",
+    ],
+)
+async def test_no_uri_of_a_spec_names_an_endpoint(api: Api, uri: str) -> None:
+    """Stores are reached where the service's own settings say, wherever a URI would point."""
+    for sections in ({"data": {"source": uri}}, {"data": {"tokenizer": uri}}):
+        spec = dict_to_proto(changed(TINY, **sections))
+        error = await api.refused("PlanJob", pb.PlanJobRequest(spec=spec))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
+    spec = dict_to_proto(changed(TINY, start={"from": f"nanochat:{uri}@5"}))
+    error = await api.refused("PlanJob", pb.PlanJobRequest(spec=spec))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
+    request = pb.ExportCheckpointRequest(checkpoint="JOB@5", target=uri)
+    error = await api.refused("ExportCheckpoint", request)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
+
+
+async def test_a_page_token_outlives_the_service(tmp_path: Path) -> None:
+    async with served(tmp_path) as api:
+        made = [(await api.submit()).job.id for _ in range(3)]
+        first = await api.call("ListJobs", pb.ListJobsRequest(page_size=1))
+    async with served(tmp_path) as api:
+        await api.submit()
+        rest = pb.ListJobsRequest(page_size=5, page_token=first.next_page_token)
+        page = await api.call("ListJobs", rest)
+        assert [job.id for job in page.jobs] == made[1::-1]
+
+
+async def test_a_stop_answers_what_is_under_way_and_health_says_that_it_ends(
+    tmp_path: Path,
+) -> None:
+    async with contextlib.AsyncExitStack() as service:
+        api = await service.enter_async_context(served(tmp_path))
+        job_id = (await api.submit()).job.id
+        watch = health_pb2_grpc.HealthStub(api.channel).Watch(
+            health_pb2.HealthCheckRequest(service=""), timeout=20
+        )
+        assert (await watch.read()).status == SERVING
+        pausing = asyncio.create_task(
+            api.call("PauseJob", pb.PauseJobRequest(job_id=job_id)),
+        )
+        async with asyncio.timeout(20):
+            while (await api.plane.job(job_id)).desired != "PAUSED":
+                await asyncio.sleep(0.01)
+        stopping = asyncio.create_task(api.server.stop())
+        assert (await watch.read()).status == NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.training.ListJobs(pb.ListJobsRequest(), metadata=bearer(ADMIN), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await api.plane.tick()
+        assert (await pausing).job.state == pb.JOB_STATE_PAUSED
+        watch.cancel()
+        await stopping
