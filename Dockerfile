@@ -23,7 +23,10 @@ COPY README.md ./
 COPY everstep ./everstep
 COPY trainer ./trainer
 COPY service ./service
-RUN PYTHONPATH=/opt/build-backend /opt/everstep/bin/pip wheel --no-cache-dir --no-deps \
+# Every checkpoint names the commit that trained it; deploy/up says which this is.
+ARG EVERSTEP_COMMIT=
+RUN echo "$EVERSTEP_COMMIT" >trainer/built_from.txt \
+    && PYTHONPATH=/opt/build-backend /opt/everstep/bin/pip wheel --no-cache-dir --no-deps \
         --no-build-isolation --wheel-dir /wheels .
 
 FROM python:3.11-slim-bookworm AS everstep
@@ -43,7 +46,8 @@ RUN headers=$(python -c "import sysconfig; print(sysconfig.get_path('include'))"
 COPY --from=dependencies /opt/everstep /opt/everstep
 COPY --from=code /wheels /opt/wheels
 RUN /opt/everstep/bin/pip install --no-cache-dir --no-deps --no-index /opt/wheels/*.whl
-COPY deploy/bin/everstep-service deploy/bin/everstep-ray deploy/bin/everstep-healthy /usr/local/bin/
+COPY deploy/bin/everstep-service deploy/bin/everstep-ray deploy/bin/everstep-healthy \
+    deploy/bin/stop-last /usr/local/bin/
 
 # The GPU's driver libraries are put in by the container toolkit: NVIDIA_* say what it shall give.
 # The path of a token is no secret.
@@ -58,7 +62,8 @@ ENV PATH=/opt/everstep/bin:$PATH \
     EVERSTEP_STATE=/state \
     EVERSTEP_CACHE=/cache \
     EVERSTEP_LISTEN=0.0.0.0:7070 \
-    EVERSTEP_METRICS_LISTEN=0.0.0.0:9464
+    EVERSTEP_METRICS_LISTEN=0.0.0.0:9464 \
+    EVERSTEP_DATA_ROOTS=/data
 USER 10001:10001
 WORKDIR /state
 EXPOSE 7070 9464

@@ -8,7 +8,12 @@ TEST := $(BIN)/python -m pytest -q --durations=8
 # Two processes of one torch thread each; threads that wait must not spin on the other's core.
 HALVES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TORCHINDUCTOR_COMPILE_THREADS=1
 
-.PHONY: help setup demo test test-all lint fmt type proto bench e2e up down check clean
+# Faults of single processes, one thread each; the others want the machine for themselves.
+PROCESS_FAULTS := tests/fault/test_exact_resume.py tests/fault/test_store_faults.py
+CHAOS_ROUNDS ?= 10
+FUZZ_ROUNDS ?= 10000
+
+.PHONY: help setup demo test test-all chaos lint fmt type proto bench e2e up down check clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -24,11 +29,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## train, stop, continue with other learning rates: the whole system in 4 minutes
 	@$(BIN)/python -m examples.demo
 
-test: setup  ## unit, property, contract and architecture tests; no system package needed
-	$(HALVES) $(TEST) -n 2 --dist worksteal tests/unit tests/property tests/contract tests/architecture
+# $(call layer,NAME,COMMAND): the command, and then how long it took.
+layer = @began=$$(date +%s); $(2) && echo "layer $(1): $$(( $$(date +%s) - began )) s"
 
-test-all: test  ## and integration and fault tests with real Ray, SeaweedFS and Prometheus
-	$(TEST) tests/integration tests/fault
+test: setup  ## unit, property, contract and architecture tests; no system package needed
+	$(call layer,test,$(HALVES) $(TEST) -n 2 --dist worksteal tests/unit tests/property tests/contract tests/architecture)
+
+test-all: test  ## and integration, fault and e2e tests: real Ray, SeaweedFS, Prometheus, Docker
+	$(call layer,faults of processes,$(HALVES) $(TEST) -n 2 --dist worksteal $(PROCESS_FAULTS))
+	$(call layer,integration and faults of the stack,$(TEST) tests/integration tests/fault/test_whole_stack.py)
+	$(call layer,e2e,$(TEST) -s tests/e2e)
 
 lint: setup  ## ruff, import rules, proto lint and breaking changes, Dockerfile, compose files
 	$(BIN)/ruff check .
@@ -37,6 +47,8 @@ lint: setup  ## ruff, import rules, proto lint and breaking changes, Dockerfile,
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against proto/baseline.binpb
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck deploy/up deploy/bin/everstep-ray deploy/bin/everstep-service \
+		deploy/bin/everstep-store deploy/bin/stop-last examples/buf-curl .ci/run
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/worker.compose.yml
 
 fmt: setup  ## format
@@ -44,14 +56,14 @@ fmt: setup  ## format
 	$(BIN)/ruff format .
 
 type: setup  ## mypy --strict
-	$(BIN)/mypy
+	$(call layer,type,$(BIN)/mypy)
 
 proto: setup  ## generate the stubs
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/everstep/v1/everstep.proto
 
 e2e: setup  ## the compose stack on a Docker engine: build, train, kill, stop, go on
-	$(TEST) -s -m e2e tests/e2e
+	$(TEST) -s tests/e2e
 
 up:  ## start the stack of docker-compose.yml; makes its secrets once
 	@deploy/up
@@ -59,7 +71,12 @@ up:  ## start the stack of docker-compose.yml; makes its secrets once
 down:  ## stop it and remove its containers; volumes and secrets stay
 	docker compose --profile '*' down
 
-bench: setup  ## latency of a running service's calls
+chaos: setup  ## kill trainers at many random steps, CHAOS_ROUNDS=10 of each case; 10,000 wrong calls
+	EVERSTEP_FUZZ_ROUNDS=$(FUZZ_ROUNDS) $(HALVES) $(TEST) -n 2 --dist worksteal tests/property/test_fuzzing.py
+	EVERSTEP_CHAOS_ROUNDS=$(CHAOS_ROUNDS) $(HALVES) $(TEST) -n 2 --dist worksteal tests/fault/test_exact_resume.py
+	EVERSTEP_CHAOS_ROUNDS=$(CHAOS_ROUNDS) $(TEST) tests/fault/test_seeded_stack.py
+
+bench: setup  ## the control plane with 100 and 10,000 jobs: latencies, watchers, reporters
 	$(BIN)/python -m benchmarks.control_plane
 
 check: lint type test-all  ## what CI runs

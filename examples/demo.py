@@ -16,10 +16,10 @@ import time
 import urllib.request
 from pathlib import Path
 
-import plotext
 from rich.console import Console
 
 from everstep import Client
+from everstep.cli import plots
 from everstep.v1 import everstep_pb2 as pb
 
 STATE = Path(".everstep/demo")
@@ -112,18 +112,12 @@ def show_in_force(first: pb.Job, second: pb.Job) -> None:
 
 def draw(client: Client, jobs: list[pb.Job]) -> None:
     """Training loss over steps, one curve a job."""
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(min(console.width, 90), 18)
+    names, curves = [], []
     for job in jobs:
         points = [r.point for r in client.watch(job.id) if r.HasField("point")]
-        steps, losses = [p.step for p in points], [p.loss_smoothed for p in points]
-        label = f"...{job.id[-4:]}: steps {steps[0]} to {steps[-1]}"
-        plotext.plot(steps, losses, label=label, marker="braille")
-    plotext.xlabel("step")
-    plotext.ylabel("loss, smoothed")
-    drawn = plotext.build()
-    print(drawn if console.is_terminal else plotext.uncolorize(drawn))
+        curves.append({point.step: point.loss_smoothed for point in points})
+        names.append(f"...{job.id[-4:]}: steps {points[0].step} to {points[-1].step}")
+    plots.draw(console, "loss, smoothed", names, curves)
 
 
 def show_metrics(url: str) -> None:

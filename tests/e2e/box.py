@@ -19,6 +19,7 @@ from service.parts import free_ports
 
 T = TypeVar("T")
 PORTS = ("EVERSTEP_PORT", "EVERSTEP_RAY_PORT", "EVERSTEP_S3_PORT", "PROMETHEUS_PORT")
+PROJECT = "everstep-e2e-"  # and the test process's id
 PATIENCE_S = 240.0  # a start of Ray and of a job on two busy cores
 
 
@@ -32,7 +33,7 @@ class Box:
             **os.environ,
             **engine,
             "COMPOSE_FILE": "docker-compose.yml:docker-compose.cpu.yml",
-            "COMPOSE_PROJECT_NAME": f"everstep-e2e-{os.getpid()}",
+            "COMPOSE_PROJECT_NAME": f"{PROJECT}{os.getpid()}",
             "COMPOSE_PROFILES": "",  # without Grafana: its image may not be at hand
             "EVERSTEP_MIN_FREE_GB": "8",
             **{name: str(port) for name, port in self.ports.items()},

@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 
 from everstep import Client
+from everstep.errors import InvalidSpecError, ServiceUnreachableError
 from everstep.v1 import everstep_pb2 as pb
 from tests.e2e.box import Box, wait_for_checkpoint, wait_until
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
+CORPUS = ROOT / "tests/data/corpus"
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
 # Panels that a healthy run without a GPU has nothing for.
-MAY_BE_EMPTY = ("everstep_mfu_ratio", "everstep_restarts_total", "ALERTS")
+MAY_BE_EMPTY = ("everstep_mfu_ratio", "everstep_restarts_total", "everstep_gpu_", "ALERTS")
 JOB: dict[str, Any] = {
     "name": "box",
     "model": {"depth": 2, "aspect_ratio": 32, "head_dim": 16, "max_seq_len": 64},
@@ -40,17 +42,18 @@ JOB: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(box: Box) -> Iterator[Client]:
     with box.client() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def job_id(client: Client) -> str:
+def job_id(box: Box) -> str:
     """A job that trains and has committed a checkpoint to SeaweedFS."""
-    job_id = client.submit(JOB).job.id
-    wait_for_checkpoint(client, job_id, 0)
+    with box.client() as client:
+        job_id = client.submit(JOB).job.id
+        wait_for_checkpoint(client, job_id, 0)
     return job_id
 
 
@@ -149,17 +152,72 @@ def expressions(path: Path) -> Iterator[str]:
             yield annotation["expr"]
 
 
+def goes_on(box: Box, job_id: str, before: pb.Job) -> None:
+    """No step was lost over a stop: the job goes on from a checkpoint that the stop took."""
+    with box.client() as client:
+        stopped = wait_until(lambda: client.get(job_id), "the service")
+        assert stopped.checkpoint.step >= before.step, "the stop's own checkpoint was committed"
+        after = wait_for_checkpoint(client, job_id, stopped.checkpoint.step)
+    assert len(after.attempts) > len(before.attempts)
+    assert newest_attempt(after).start_step == stopped.checkpoint.step
+
+
 def test_job_goes_on_after_stop_and_up_without_losing_a_step(
     box: Box, client: Client, job_id: str
 ) -> None:
     before = client.get(job_id)
     box.compose("stop")
     box.compose("up", "--detach", "--wait", "--wait-timeout", "240")
-    stopped = wait_until(lambda: client.get(job_id), "the service")
-    assert stopped.checkpoint.step >= before.step, "the stop's own checkpoint was committed"
-    after = wait_for_checkpoint(client, job_id, stopped.checkpoint.step)
-    assert len(after.attempts) > len(before.attempts)
-    assert newest_attempt(after).start_step == stopped.checkpoint.step
+    goes_on(box, job_id, before)
+
+
+def test_job_goes_on_after_a_reboot_and_over_tls(box: Box, client: Client, job_id: str) -> None:
+    before = client.get(job_id)
+    # Docker tells all containers at once, each with its own grace, when the box goes down.
+    box.run("docker", "stop", *box.compose("ps", "--quiet").split())
+    box.environment["EVERSTEP_TLS"] = "yes"
+    box.up()
+    assert client_certificate(box).exists()
+    goes_on(box, job_id, before)
+    with box.client() as trusting:
+        assert trusting.get(job_id).state == pb.JOB_STATE_RUNNING
+    with (
+        Client(trusting.address, "no token", ca_cert=None) as plain,
+        pytest.raises(ServiceUnreachableError),
+    ):
+        plain.get(job_id)
+
+
+def client_certificate(box: Box) -> Path:
+    """What `make up` tells clients to trust."""
+    folder = box.clone / ".everstep/compose"
+    return Path(folder / json.loads((folder / "service.json").read_text())["ca_cert"])
+
+
+def test_a_foreign_client_reads_by_reflection(box: Box, job_id: str) -> None:
+    box.environment["BUF"] = str(Path(sys.executable).with_name("buf"))
+    box.environment["EVERSTEP_STATE"] = ".everstep/compose"
+    answer = box.run("examples/buf-curl", "GetJob", json.dumps({"job_id": job_id}))
+    assert json.loads(answer)["job"]["id"] == job_id
+
+
+def test_data_is_brought_and_a_checkpoint_writes(box: Box, client: Client, job_id: str) -> None:
+    for path in sorted((CORPUS / "tokenizer").glob("*.pkl")):
+        tokenizer = client.put_file(path, "brought-tokenizer")
+    for path in sorted(CORPUS.glob("*.parquet")):
+        source = client.put_file(path, "brought")
+    spec = {**JOB, "data": {"source": source, "tokenizer": tokenizer}}
+    assert client.plan(spec).shape.vocab_size == 768
+    assert "".join(client.sample(f"{job_id}@latest", "The ", max_tokens=4, temperature=1.0))
+    with pytest.raises(InvalidSpecError, match="must lie in /data"):
+        client.plan({**JOB, "data": {"source": "file:/etc", "tokenizer": "file:/run/secrets"}})
+
+
+def test_the_doctor_says_what_the_containers_have(box: Box) -> None:
+    service = box.compose("ps", "--quiet", "service").strip()
+    said = box.run("docker", "exec", service, "everstep", "doctor")
+    for check in ("store", "ray", "clock", "encryption"):
+        assert f"ok       {check}: " in said, said
 
 
 def test_job_ends_with_a_checkpoint_that_another_continues(client: Client, job_id: str) -> None:
@@ -185,7 +243,9 @@ def test_up_names_what_is_wrong_and_starts_nothing(box: Box) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert "set EVERSTEP_PORT to another" in box.refusal(EVERSTEP_PORT=port)
-    assert "would send tokens in the clear" in box.refusal(EVERSTEP_BIND="0.0.0.0")
+    in_the_clear = box.refusal(EVERSTEP_BIND="0.0.0.0", EVERSTEP_TLS="")
+    assert "would send tokens in the clear" in in_the_clear
+    assert "EVERSTEP_TLS=yes" in in_the_clear
     assert "make room" in box.refusal(EVERSTEP_MIN_FREE_GB="1000000")
     secret = box.clone / ".everstep/compose/ray.token"
     kept = secret.read_bytes()
@@ -195,6 +255,20 @@ def test_up_names_what_is_wrong_and_starts_nothing(box: Box) -> None:
     if shutil.which("nvidia-smi") is None:
         assert "no NVIDIA GPU answers" in box.refusal(COMPOSE_FILE="docker-compose.yml")
     assert box.compose("ps", "--all", "--quiet") == ""
+
+
+def test_wrong_keys_of_the_store_stop_the_stack_again(box: Box) -> None:
+    override = box.clone / "wrong-keys.yml"
+    override.write_text(
+        "services: {service: {environment: {AWS_SECRET_ACCESS_KEY: not-the-key}}}\n"
+    )
+    files = f"{box.environment['COMPOSE_FILE']}:{override}"
+    said = box.refusal(COMPOSE_FILE=files)
+    assert "access denied" in said
+    assert "AWS_SECRET_ACCESS_KEY" in said
+    assert "not-the-key" not in said
+    assert box.compose("ps", "--quiet") == "", "nothing runs by half"
+    box.compose("--profile", "*", "down", "--volumes")
 
 
 def test_gpu_form_reserves_the_gpus_and_fits_the_schema(box: Box, tmp_path: Path) -> None:
