@@ -27,7 +27,8 @@ from everstep.specs import spec_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
 from service.jobs import Job
-from service.scheduler import Capacity, decide
+from service.placement import Capacity
+from service.scheduler import decide
 from service.store.job_store import _job_columns
 from service.store.schema import jobs, progress
 from tests.fakes.api import ADMIN, Api, bearer, credential, served

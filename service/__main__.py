@@ -210,7 +210,7 @@ async def _compose(
     jobs, records = JobStore(database), RecordStore(database)
     reconciler = Reconciler(jobs, cluster, metrics, host_config)
     storage = Storage(store, settings.data_roots)
-    lifecycle = Lifecycle(database, storage, lambda: reconciler.capacity, reconciler.wake)
+    lifecycle = Lifecycle(database, storage, lambda: reconciler.nodes, reconciler.wake)
     deletions = Deletions(lifecycle, jobs, DeletionStore(database), storage, metrics)
     server = Server(
         Gate(keyring, secret, metrics),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ClusterAwayError
+from service.placement import whole
 from service.ray_cluster import RayCluster
 from service.settings import Settings
 from service.standalone import BUCKET, Standalone
@@ -223,7 +224,7 @@ def ray_cluster(settings: Settings) -> Iterator[Finding]:
     async def ask() -> str:
         cluster = RayCluster(address, environment)
         try:
-            found = await cluster.capacity()
+            found = whole(await cluster.nodes())
         finally:
             await cluster.close()
         return f"{address}: {found.gpus} GPUs, {found.cpus} CPUs"

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +31,8 @@ from service.errors import (
 )
 from service.jobs import Desired, Job, JobView, Record
 from service.lineage import Ancestor, Fork, forks, lineage
+from service.placement import Node
 from service.planning import Planner, Resolved, jump_message
-from service.scheduler import Capacity
 from service.storage import Storage, Stored
 from service.store import Database, DeletionStore, JobStore, RecordStore
 from trainer.contract.states import JobState
@@ -53,17 +53,17 @@ class Lifecycle:
         self,
         database: Database,
         storage: Storage,
-        capacity: Callable[[], Capacity | None],
+        nodes: Callable[[], Sequence[Node] | None],
         wake: Callable[[], None],
     ) -> None:
-        """capacity: the cluster's, None while unknown. wake: makes the reconciler look now."""
+        """nodes: the cluster's, None while unknown. wake: makes the reconciler look now."""
         self._database = database
         self._jobs = JobStore(database)
         self._records = RecordStore(database)
         self._deletions = DeletionStore(database)
         self.forking = asyncio.Lock()  # held while a start is looked up and taken, or given up
         self._storage = storage
-        self._planner = Planner(self._jobs, self._records, storage, capacity)
+        self._planner = Planner(self._jobs, self._records, storage, nodes)
         self._wake = wake
 
     async def plan(self, data: Mapping[str, Any], inherit: bool, device: str = "") -> Resolved:

@@ -58,7 +58,7 @@ async def _plan(
             store = open_store(settings.storage or f"file:{folder}")
             storage = Storage(store, settings.data_roots)
             jobs, records = JobStore(database), RecordStore(database)
-            planner = Planner(jobs, records, storage, capacity=lambda: None)
+            planner = Planner(jobs, records, storage, nodes=lambda: None)
             made = plan_to_proto(await planner.plan(spec, inherit, device))
         finally:
             await database.close()

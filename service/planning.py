@@ -7,7 +7,7 @@ what this cluster measured is found; trainer.contract.plan works out the rest. C
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from everstep.specs import merged
 from everstep.v1 import everstep_pb2 as pb
 from service.jobs import JobView
 from service.lineage import Ancestor, lineage, nanochat_ancestor
-from service.scheduler import Capacity, needs
+from service.placement import Node, whole
+from service.scheduler import needs
 from service.storage import Storage
 from service.store import JobStore, RecordStore
 from trainer.contract.devices import find_device
@@ -67,12 +68,12 @@ class Planner:
         jobs: JobStore,
         records: RecordStore,
         storage: Storage,
-        capacity: Callable[[], Capacity | None],
+        nodes: Callable[[], Sequence[Node] | None],
     ) -> None:
         self._jobs = jobs
         self._records = records
         self._storage = storage
-        self._capacity = capacity
+        self._nodes = nodes
 
     async def plan(self, data: Mapping[str, Any], inherit: bool, device: str = "") -> Resolved:
         """Resolve and plan a spec. device: the GPU to plan for; empty: what jobs ran on here.
@@ -177,9 +178,10 @@ class Planner:
         return await self._storage.bind(spec.data)
 
     def _check_capacity(self, spec: JobSpec) -> list[Violation]:
-        total = self._capacity()
-        if total is None or spec.resources.wait_for_nodes:
+        nodes = self._nodes()
+        if nodes is None or spec.resources.wait_for_nodes:
             return []
+        total = whole(nodes)
         need = needs(spec.resources)
         workers = f"workers.min {spec.resources.workers.min}"
         found = []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import ClusterAwayError
-from service.scheduler import Capacity
+from service.placement import Node
 
 NAMESPACE = "everstep"
 HOST_PREFIX = "host-"
@@ -54,10 +54,9 @@ class RayCluster:
         self._agent: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
-    async def capacity(self) -> Capacity:
-        """What the whole cluster has."""
-        found = await self._call("capacity")
-        return Capacity(gpus=int(found["gpus"]), cpus=int(found["cpus"]))
+    async def nodes(self) -> list[Node]:
+        """Every machine that the cluster knows, those that are gone too."""
+        return [Node(**node) for node in await self._call("nodes")]
 
     async def start_host(self, config: dict[str, Any]) -> None:
         """Start the host of a job; one that exists already under its name is left alone."""
@@ -164,10 +163,19 @@ class Agent:
         """Answers once the connection stands."""
         return "ready"
 
-    def capacity(self) -> dict[str, int]:
-        """Whole GPUs and CPUs of the cluster."""
-        found = self._ray.cluster_resources()
-        return {"gpus": int(found.get("GPU", 0)), "cpus": int(found.get("CPU", 0))}
+    def nodes(self) -> list[dict[str, Any]]:
+        """Every machine with its whole GPUs and CPUs."""
+        return [
+            {
+                "id": node["NodeID"],
+                "address": node["NodeManagerAddress"],
+                "gpus": int(node["Resources"].get("GPU", 0)),
+                "cpus": int(node["Resources"].get("CPU", 0)),
+                "alive": node["Alive"],
+                "labels": dict(node["Labels"]),
+            }
+            for node in self._ray.nodes()
+        ]
 
     def start_host(self, config: dict[str, Any]) -> None:
         """Create the detached actor, or find it."""

@@ -23,8 +23,9 @@ from service import events
 from service.errors import ClusterAwayError
 from service.jobs import Desired, Job
 from service.metrics import Metrics
+from service.placement import Node, whole
 from service.ray_cluster import HostStatus, RayCluster
-from service.scheduler import Capacity, decide
+from service.scheduler import decide
 from service.store import JobStore
 from trainer.contract.outcome import (
     RESTART_WINDOW_S,
@@ -74,7 +75,7 @@ class Reconciler:
         self._heard: dict[str, float] = {}  # job id -> when its attempt reported last, monotonic
         self._making_way: dict[str, str] = {}  # job id -> the job that it was stopped for
         self._suspending = False
-        self.capacity: Capacity | None = None
+        self.nodes: tuple[Node, ...] | None = None
 
     def wake(self) -> None:
         """Look now instead of at the next tick."""
@@ -125,7 +126,7 @@ class Reconciler:
         for job in jobs:
             if not job.holds_resources:
                 await self._settle_idle(job)
-        self.capacity = await self._cluster.capacity()
+        self.nodes = tuple(await self._cluster.nodes())
         hosts = await self._cluster.hosts()
         self._metrics.cluster_up.set(1)
         # Read again: a host is younger than the job that it belongs to.
@@ -266,7 +267,7 @@ class Reconciler:
             await self._move(job, STOPPED_AS[job.desired], reason)
 
     async def _schedule(self) -> None:
-        if self._suspending or self.capacity is None:
+        if self._suspending or self.nodes is None:
             return
         jobs = await self._jobs.unfinished()
         queued = [
@@ -277,7 +278,7 @@ class Reconciler:
         # What was asked to make way does so even if the other job is gone by now: it has heard it.
         self._making_way = {k: by for k, by in self._making_way.items() if k in held}
         leaving = {job.id for job in holding if self._stops(job)}
-        decision = decide(queued, holding, self.capacity, leaving)
+        decision = decide(queued, holding, whole(self.nodes), leaving)
         if decision.preempted_by is not None:
             self._making_way |= {job.id: decision.preempted_by.id for job in decision.preempt}
             self.wake()  # they hear it at the next tick, which may as well be now

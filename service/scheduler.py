@@ -15,27 +15,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from service.jobs import Job
+from service.placement import Capacity
 from trainer.contract.spec import ResourcesSpec
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """GPUs and CPUs, of a cluster or of what is left of it."""
-
-    gpus: int
-    cpus: int
-
-    def minus(self, need: Capacity) -> Capacity:
-        """What is left; may be negative where more is held than there is."""
-        return Capacity(self.gpus - need.gpus, self.cpus - need.cpus)
-
-    def plus(self, given: Capacity) -> Capacity:
-        """What there is with what somebody gives back."""
-        return Capacity(self.gpus + given.gpus, self.cpus + given.cpus)
-
-    def holds(self, need: Capacity) -> bool:
-        """Whether need fits in this."""
-        return need.gpus <= self.gpus and need.cpus <= self.cpus
 
 
 @dataclass(frozen=True)

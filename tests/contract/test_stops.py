@@ -68,7 +68,7 @@ async def queued(api: Api, job_id: str) -> None:
 
 async def waiting(api: Api, job_id: str) -> None:
     """There is no place for it."""
-    api.plane.cluster.total = api.plane.cluster.total.minus(api.plane.cluster.total)
+    api.plane.cluster.machines = []
     await api.plane.tick()
 
 

@@ -13,7 +13,7 @@ from everstep.v1 import everstep_pb2 as pb
 from service.jobs import Desired
 from tests.fakes.api import Api, served
 from tests.fakes.checkpoints import save
-from tests.fakes.ray_cluster import FakeRayCluster
+from tests.fakes.ray_cluster import FakeRayCluster, machine
 from trainer.storage.repository import CheckpointRepository
 from trainer.storage.retention import Retention, prune, retention_in_force
 
@@ -44,7 +44,7 @@ async def test_a_new_priority_counts_at_the_next_scheduling_decision(api: Api) -
     first, second = [(await api.submit()).job.id for _ in range(2)]
     assert (await update(api, second, priority=5)).spec.priority == 5
     cpus = 2  # room for one
-    cluster.total = type(cluster.total)(0, cpus)
+    cluster.machines = [machine(1, cpus=cpus)]
     await api.plane.tick()
     states = [(await api.plane.job(job_id)).state for job_id in (first, second)]
     assert states == ["QUEUED", "STARTING"]

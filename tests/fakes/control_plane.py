@@ -82,7 +82,7 @@ class ControlPlane:
         self.lifecycle = Lifecycle(
             self.database,
             self.storage,
-            lambda: self.reconciler.capacity,
+            lambda: self.reconciler.nodes,
             self.reconciler.wake,
         )
 

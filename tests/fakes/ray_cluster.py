@@ -7,11 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.errors import ClusterAwayError
+from service.placement import Node
 from service.ray_cluster import HostStatus
-from service.scheduler import Capacity
 from trainer.contract.outcome import AttemptResult
 
 HostKey = tuple[str, int]  # job id and host number
+
+
+def machine(number: int, gpus: int = 0, cpus: int = 0, **facts: Any) -> Node:
+    """A node of a test's own making."""
+    return Node(f"node{number}", f"10.0.0.{number}", gpus, cpus, **facts)
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Fault:
 class FakeRayCluster:
     """The methods of service.ray_cluster.RayCluster over a dict of hosts."""
 
-    total: Capacity = field(default_factory=lambda: Capacity(gpus=0, cpus=4))
+    machines: list[Node] = field(default_factory=lambda: [machine(1, cpus=4)])
     away: bool = False
     known: dict[HostKey, HostStatus] = field(default_factory=dict)
     started: list[dict[str, Any]] = field(default_factory=list)
@@ -36,8 +41,8 @@ class FakeRayCluster:
     killed: list[HostKey] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
-    async def capacity(self) -> Capacity:
-        return self._call("capacity", lambda: self.total)
+    async def nodes(self) -> list[Node]:
+        return self._call("nodes", lambda: list(self.machines))
 
     async def start_host(self, config: dict[str, Any]) -> None:
         key = (config["job_id"], config["host_number"])

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.jobs import Job
-from service.scheduler import Capacity, decide, needs
+from service.placement import Capacity
+from service.scheduler import decide, needs
 from tests.fakes.control_plane import new_job
 
 resources = st.builds(

@@ -18,11 +18,11 @@ from service.errors import (
     StorageAwayError,
 )
 from service.jobs import Desired, Job
-from service.scheduler import Capacity
 from tests.fakes.control_plane import TINY, ControlPlane, changed, control_plane, new_job
 from tests.fakes.corpus import write_corpus
 from tests.fakes.flaky_store import FlakyStore
 from tests.fakes.memory_store import MemoryObjectStore
+from tests.fakes.ray_cluster import machine
 from trainer.contract.scaling import param_groups
 from trainer.contract.schedule import GroupValues, InForce
 from trainer.contract.shape import ModelShape
@@ -171,7 +171,7 @@ async def test_more_than_the_cluster_has_is_refused_with_what_it_has(plane: Cont
     assert set(found) == {"resources.gpus_per_worker", "resources.cpus_per_worker", "data.source"}
     assert "the cluster has 0" in found["resources.gpus_per_worker"]
     assert "needs 64 CPU, the cluster has 4" in found["resources.cpus_per_worker"]
-    plane.cluster.total = Capacity(gpus=1, cpus=64)
+    plane.cluster.machines = [machine(1, gpus=1, cpus=64)]
     await plane.tick()
     await submit(plane, resources=needs)
 
@@ -185,7 +185,7 @@ async def test_a_job_that_waits_for_nodes_is_queued_with_what_is_missing(
     waiting = await plane.job(job.id)
     assert waiting.state is JobState.QUEUED
     assert waiting.reason == "needs 0 GPU and 64 CPU, the cluster now has only 0 and 4"
-    plane.cluster.total = Capacity(gpus=0, cpus=64)
+    plane.cluster.machines = [machine(1, cpus=64)]
     await plane.tick()
     assert (await plane.job(job.id)).state is JobState.STARTING
 

@@ -447,7 +447,7 @@ async def test_foreign_and_stale_hosts_are_killed(plane: ControlPlane) -> None:
     assert list(plane.cluster.known) == [FIRST]
 
 
-@pytest.mark.parametrize("method", ["capacity", "hosts"])
+@pytest.mark.parametrize("method", ["nodes", "hosts"])
 async def test_a_cluster_that_is_away_changes_nothing(plane: ControlPlane, method: str) -> None:
     job = await running(plane)
     plane.cluster.lose(FIRST)
@@ -515,7 +515,7 @@ async def test_a_restarted_service_leaves_a_running_job_alone(tmp_path: Path) ->
 
 
 async def test_the_loop_outlives_its_failures(plane: ControlPlane) -> None:
-    away = plane.cluster.script("capacity", ClusterAwayError("scripted"))
+    away = plane.cluster.script("nodes", ClusterAwayError("scripted"))
     bug = plane.cluster.script("hosts", RuntimeError("scripted"))
     await plane.add(new_job(1))
     loop = asyncio.create_task(plane.reconciler.run())

@@ -1,7 +1,8 @@
 """Which queued job starts: strict order, and a reason for each that waits."""
 
 from service.jobs import Job
-from service.scheduler import Capacity, decide, needs
+from service.placement import Capacity
+from service.scheduler import decide, needs
 from tests.fakes.control_plane import new_job
 
 
