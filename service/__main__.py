@@ -276,6 +276,7 @@ async def _count_states(jobs: JobStore, metrics: Metrics) -> None:
     while True:
         try:
             metrics.set_states(await jobs.counts())
+            metrics.set_accounts(await jobs.accounts(metrics.accounted))
         except Exception:  # the loop outlives a database that was busy
             log.exception("jobs could not be counted")
         await asyncio.sleep(STATES_EVERY_S)

@@ -6,6 +6,7 @@ Invariant: a spec that goes out comes back in equal: `spec_from_proto(spec_to_pr
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict
 from typing import cast
 
@@ -17,6 +18,7 @@ from everstep.v1 import everstep_pb2 as pb
 from service.access import Role
 from service.errors import InvalidRequestError
 from service.jobs import Attempt, Desired, JobView, Record
+from service.ledger import Ledger
 from service.lineage import Ancestor
 from service.store import Token
 from trainer.contract.states import JobState
@@ -118,7 +120,17 @@ def job_to_proto(view: JobView) -> pb.Job:
             message.eta_s = left * message.latest.step_s
     if progress.in_force is not None:
         message.in_force.extend(pb.Event.FromString(progress.in_force).groups)
+    if (ledger := progress.ledger) is not None:
+        message.goodput.CopyFrom(goodput_to_proto(ledger, time.time()))
+        if (joules := ledger.energy_joules) is not None:
+            message.energy_joules = joules
     return message
+
+
+def goodput_to_proto(ledger: Ledger, now: float) -> pb.Goodput:
+    """Where a job's time went."""
+    kinds = {f"{kind}_s": seconds for kind, seconds in ledger.at(now).items()}
+    return pb.Goodput(**kinds, ratio=ledger.ratio)
 
 
 def record_to_proto(record: Record) -> pb.WatchJobResponse:

@@ -78,11 +78,11 @@ def event_record(event: pb.Event, time: float, attempt: int = 0) -> NewRecord:
         case pb.EVENT_KIND_CHECKPOINT_COMMITTED:
             changes = NewRecord.checkpoint_change(convert.ref_from_proto(event.checkpoint), time)
     body = pb.WatchJobResponse(time=convert.timestamp(time), attempt=attempt, event=event)
-    return NewRecord(time, attempt, event.step, "event", body.SerializeToString(), changes)
+    return NewRecord(time, attempt, event.step, "event", body.SerializeToString(), changes, body)
 
 
 def point_record(point: pb.MetricPoint, time: float, attempt: int) -> NewRecord:
     """A metric point; it is also the job's latest."""
     body = pb.WatchJobResponse(time=convert.timestamp(time), attempt=attempt, point=point)
     changes = {"step": point.step, "latest_point": point.SerializeToString()}
-    return NewRecord(time, attempt, point.step, "point", body.SerializeToString(), changes)
+    return NewRecord(time, attempt, point.step, "point", body.SerializeToString(), changes, body)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from service.ledger import Ledger
 from trainer.contract.spec import JobSpec
 from trainer.contract.states import ACTIVE, FINAL, JobState, may_follow
 from trainer.storage.manifest import CheckpointRef
@@ -98,6 +99,18 @@ class Progress:
     checkpoint: CheckpointRef | None = None
     checkpoint_at: float | None = None
     validation_bpb: float | None = None
+    ledger: Ledger | None = None  # None: of before it was kept, and nothing happened since
+
+
+@dataclass(frozen=True)
+class Account:
+    """A job's ledger with what its metrics are labelled with and multiplied by."""
+
+    job_id: str
+    job_name: str
+    tokens_a_step: int
+    is_final: bool
+    ledger: Ledger
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from everstep.v1 import everstep_pb2 as pb
-from service.jobs import Job, JobView
+from service.jobs import Account, Job, JobView
 from trainer.contract.states import JobState
 
 JOB = ("job_id", "job_name")
 FORGET_AFTER_S = 300.0
 STEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 30, 60, 300)
 RPC_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 60)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What docs/metrics.md says of a metric."""
+
+    name: str
+    type: str
+    labels: tuple[str, ...]
+    text: str
+    kept: bool  # a service that starts again goes on with it
 
 
 class Metrics:
@@ -52,30 +64,21 @@ class Metrics:
             buckets=STEP_BUCKETS_S,
             registry=registry,
         )
-        self.tokens = counter("tokens_total", "Tokens trained.")
-        self.data_wait = counter("data_wait_seconds_total", "Time that steps waited for data.")
         self.checkpoint_committed = gauge(
             "checkpoint_last_committed_timestamp_seconds",
             "When the newest checkpoint was committed.",
         )
         self.checkpoint_bytes = gauge("checkpoint_bytes", "Size of the newest checkpoint.")
         self.checkpoint_seconds = gauge("checkpoint_save_seconds", "Its background save.")
-        self.checkpoint_stall = counter(
-            "checkpoint_stall_seconds_total", "Time that training stopped for checkpoints."
-        )
-        self.checkpoint_postponed = counter(
-            "checkpoint_postponed_seconds_total",
-            "Time that due checkpoints waited for memory: back-pressure of disk or store.",
-        )
-        self.restarts = counter("restarts_total", "New attempts, by cause.", (*JOB, "cause"))
         by_gpu = (*JOB, "gpu")
         self.gpu_memory_used = gauge("gpu_memory_used_bytes", "In use on the GPU.", by_gpu)
         self.gpu_memory_total = gauge("gpu_memory_total_bytes", "Memory of the GPU.", by_gpu)
         self.gpu_utilization = gauge("gpu_utilization_ratio", "Time with a kernel.", by_gpu)
         self.gpu_power = gauge("gpu_power_watts", "Drawn by the GPU.", by_gpu)
         self.gpu_temperature = gauge("gpu_temperature_celsius", "Of the GPU's core.", by_gpu)
-        self.gpu_energy = counter("gpu_energy_joules_total", "Used by the GPU.", by_gpu)
-        self._energy: dict[tuple[str, int], float] = {}  # job and GPU -> of its attempt so far
+        self.gpu_throttled = gauge(
+            "gpu_throttled", "1 while heat or a power fault holds its clocks down.", by_gpu
+        )
         self.stopping = gauge("stopping", "1 while the service checkpoints and stops.", ())
         self.queue_wait = Histogram(
             "everstep_queue_wait_seconds", "From submission to training.", registry=registry,
@@ -89,6 +92,8 @@ class Metrics:
         self.rpcs = counter("rpcs_total", "Calls answered.", ("method", "code"))
         self._states = _JobStates()
         registry.register(self._states)
+        self._accounts = _Accounts()
+        registry.register(self._accounts)
         self._of_jobs = [
             metric for metric in vars(self).values()
             if isinstance(metric, Gauge | Counter | Histogram)
@@ -99,17 +104,28 @@ class Metrics:
         """How many jobs are in each state."""
         self._states.counts = counts
 
+    @property
+    def accounted(self) -> list[str]:
+        """Ids of the jobs whose accounts are shown."""
+        return list(self._accounts.shown)
+
+    def set_accounts(self, accounts: Iterable[Account]) -> None:
+        """What the store adds up; a final job that was dropped meanwhile stays out."""
+        shown = self._accounts.shown
+        shown.update({a.job_id: a for a in accounts if a.job_id in shown or not a.is_final})
+
     def observe_point(self, job: Job, point: pb.MetricPoint) -> None:
         """What a step measured."""
         labels = {"job_id": job.id, "job_name": job.spec.name}
+        self.step_seconds.labels(**labels).observe(point.step_s)
+        self._show_point(labels, point)
+
+    def _show_point(self, labels: dict[str, str], point: pb.MetricPoint) -> None:
         self.step.labels(**labels).set(point.step)
         self.train_loss.labels(**labels).set(point.loss)
         self.train_loss_smoothed.labels(**labels).set(point.loss_smoothed)
         self.gradient_norm.labels(**labels).set(point.gradient_norm)
         self.tokens_per_second.labels(**labels).set(point.tokens_per_s)
-        self.step_seconds.labels(**labels).observe(point.step_s)
-        self.tokens.labels(**labels).inc(job.spec.batch.total_batch_size)
-        self.data_wait.labels(**labels).inc(point.data_wait_s)
         if point.HasField("mfu_ratio"):
             self.mfu.labels(**labels).set(point.mfu_ratio)
         for values in point.groups:
@@ -117,26 +133,20 @@ class Metrics:
             self.learning_rate.labels(**group).set(values.learning_rate)
             self.momentum.labels(**group).set(values.momentum)
             self.weight_decay.labels(**group).set(values.weight_decay)
-
         for sample in point.devices:
-            self._observe_gpu(job.id, {**labels, "gpu": str(sample.index)}, sample)
+            self._show_gpu({**labels, "gpu": str(sample.index)}, sample)
 
-    def _observe_gpu(self, job_id: str, labels: dict[str, str], sample: pb.DeviceSample) -> None:
+    def _show_gpu(self, labels: dict[str, str], sample: pb.DeviceSample) -> None:
         self.gpu_memory_used.labels(**labels).set(sample.memory_used_bytes)
         self.gpu_memory_total.labels(**labels).set(sample.memory_total_bytes)
         for metric, field in (
             (self.gpu_utilization, "utilization_ratio"),
             (self.gpu_power, "power_watts"),
             (self.gpu_temperature, "temperature_celsius"),
+            (self.gpu_throttled, "throttled"),
         ):
             if sample.HasField(field):
                 metric.labels(**labels).set(getattr(sample, field))
-        if sample.HasField("energy_joules"):
-            before = self._energy.get((job_id, sample.index), 0.0)
-            # A new attempt counts from 0 again.
-            grown = sample.energy_joules - (before if before <= sample.energy_joules else 0.0)
-            self.gpu_energy.labels(**labels).inc(grown)
-            self._energy[job_id, sample.index] = sample.energy_joules
 
     def observe_event(self, job: Job, event: pb.Event, at: float) -> None:
         """What an attempt says happened."""
@@ -148,12 +158,12 @@ class Metrics:
                 self.checkpoint_committed.labels(**labels).set(at)
                 self.checkpoint_bytes.labels(**labels).set(event.checkpoint_bytes)
                 self.checkpoint_seconds.labels(**labels).set(event.checkpoint_s)
-                self.checkpoint_stall.labels(**labels).inc(event.checkpoint_stall_s)
-                self.checkpoint_postponed.labels(**labels).inc(event.checkpoint_postponed_s)
 
     def restore(self, view: JobView) -> None:
         """What a service that has just started knows of a job: alerts must not wait for news."""
         labels = {"job_id": view.job.id, "job_name": view.job.spec.name}
+        if view.progress.latest_point is not None:
+            self._show_point(labels, pb.MetricPoint.FromString(view.progress.latest_point))
         self.step.labels(**labels).set(view.progress.step)
         if view.progress.checkpoint_at is not None:
             self.checkpoint_committed.labels(**labels).set(view.progress.checkpoint_at)
@@ -164,6 +174,20 @@ class Metrics:
         """A job trains for the first time."""
         self.queue_wait.observe(max(time.time() - job.created_at, 0.0))
 
+    def descriptions(self) -> list[Description]:
+        """All that is exported, by name."""
+        found = []
+        for metric in vars(self).values():
+            if isinstance(metric, Gauge | Counter | Histogram):
+                of = (metric._name, metric._type, tuple(metric._labelnames), metric._documentation)
+                found.append(Description(*of, kept=False))
+            elif isinstance(metric, _JobStates | _Accounts):
+                for each in metric.collect():
+                    labels = tuple(each._labelnames)  # type: ignore[attr-defined] # of families
+                    of = (each.name, each.type, labels, each.documentation)
+                    found.append(Description(*of, kept=True))
+        return sorted(found, key=lambda each: each.name)
+
     def forget_later(self, job_id: str) -> None:
         """Drop a final job's series once its last values were surely scraped."""
         asyncio.get_running_loop().call_later(FORGET_AFTER_S, self.forget, job_id)
@@ -172,7 +196,7 @@ class Metrics:
         """Drop a job's series."""
         for metric in self._of_jobs:
             metric.remove_by_labels({"job_id": job_id})
-        self._energy = {key: value for key, value in self._energy.items() if key[0] != job_id}
+        self._accounts.shown.pop(job_id, None)
 
 
 class _JobStates(Collector):
@@ -186,3 +210,50 @@ class _JobStates(Collector):
         for state in JobState:
             family.add_metric([state.value.lower()], self.counts.get(state, 0))
         yield family
+
+
+class _Accounts(Collector):
+    """What the store adds up for each job: counters that a service that restarts goes on with."""
+
+    COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+        "goodput_seconds": ("Seconds since its submission, each in one kind.", ("kind",)),
+        "tokens": ("Tokens trained, those trained again too.", ()),
+        "data_wait_seconds": ("Time that steps waited for data.", ()),
+        "checkpoint_stall_seconds": ("Time that training stopped for checkpoints.", ()),
+        "checkpoint_postponed_seconds": (
+            "Time that due checkpoints waited for memory: back-pressure of disk or store.",
+            (),
+        ),
+        "restarts": ("Attempts that were lost, by cause.", ("cause",)),
+        "gpu_energy_joules": ("Used by the GPU, over all attempts.", ("gpu",)),
+    }
+
+    def __init__(self) -> None:
+        self.shown: dict[str, Account] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        families = {
+            name: CounterMetricFamily(f"everstep_{name}", text, labels=(*JOB, *labels))
+            for name, (text, labels) in self.COUNTERS.items()
+        }
+        ratio = GaugeMetricFamily(
+            "everstep_goodput_ratio",
+            "Productive seconds of those in which it held resources.",
+            labels=JOB,
+        )
+        now = time.time()
+        for account in list(self.shown.values()):  # a scrape has a thread of its own
+            of, ledger = (account.job_id, account.job_name), account.ledger
+            for kind, seconds in ledger.at(now).items():
+                families["goodput_seconds"].add_metric((*of, kind), seconds)
+            families["tokens"].add_metric(of, ledger.steps * account.tokens_a_step)
+            families["data_wait_seconds"].add_metric(of, ledger.seconds["data"])
+            families["checkpoint_stall_seconds"].add_metric(of, ledger.stalled_s)
+            families["checkpoint_postponed_seconds"].add_metric(of, ledger.postponed_s)
+            for cause, count in ledger.restarts.items():
+                families["restarts"].add_metric((*of, cause), count)
+            for gpu, (joules, _) in ledger.joules.items():
+                families["gpu_energy_joules"].add_metric((*of, gpu), joules)
+            if ledger.ratio is not None:
+                ratio.add_metric(of, ledger.ratio)
+        yield from (*families.values(), ratio)

@@ -245,13 +245,6 @@ class Reconciler:
             news = await self._jobs.end_attempt(
                 job.id, result.attempt, result.outcome, result.message, now, record
             )
-            if news and result.policy is Policy.RESTART:
-                labels = {
-                    "job_id": job.id,
-                    "job_name": job.spec.name,
-                    "cause": result.outcome.value,
-                }
-                self._metrics.restarts.labels(**labels).inc()
         return news
 
     async def _press_stop(self, job: Job) -> None:
@@ -304,8 +297,9 @@ class Reconciler:
         """Whether the job is in its new state; False where somebody else changed it first."""
         if to is JobState.QUEUED and (by := self._making_way.get(job.id)):
             reason = f"preempted by job {by}: {reason}"
-        moved = job.moved(to, reason, time.time())
-        record = events.state_changed(moved, time.time(), step)
+        now = time.time()
+        moved = job.moved(to, reason, now)
+        record = events.state_changed(moved, now, step)
         if await self._jobs.change(job, moved, record) is None:
             return False
         if moved.is_final:

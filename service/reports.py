@@ -76,7 +76,8 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
             job = await self._job(hello.job_id)
             trained = False
             for entry in entries:
-                if upto - fresh < entry.sequence <= upto:
+                # Of a job that is final series may be gone, and would come back for ever.
+                if upto - fresh < entry.sequence <= upto and not job.is_final:
                     trained |= entry.HasField("point")
                     self._observe(job, entry)
             if trained and job.state is JobState.STARTING:
@@ -107,7 +108,7 @@ def _record(entry: pb.ReportEntry, attempt: int) -> NewRecord | None:
     """What an entry adds to the stream; nothing where the trainer had to thin it out."""
     if entry.WhichOneof("record") is None:
         return None
-    at = convert.seconds(entry.time)
+    at = min(convert.seconds(entry.time), time.time())  # a trainer's clock may be ahead of ours
     if entry.HasField("point"):
         return events.point_record(entry.point, at, attempt)
     return events.event_record(entry.event, at, attempt)

@@ -9,7 +9,7 @@ Invariant: telling never blocks and never raises: a listener that is away must n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -38,6 +38,7 @@ class GpuSample:
     power_watts: float | None
     temperature_celsius: float | None
     energy_joules: float | None  # since the attempt's first sample
+    throttled: bool | None = None  # heat or a power fault holds its clocks down
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Point:
     groups: Mapping[str, GroupValues]
     devices: tuple[GpuSample, ...] = ()  # of rank 0's node; in one point about every 5 s
     mfu_ratio: float | None = None  # None where the device's peak is unknown
+    checkpoint_s: float = 0.0  # stopped for checkpoints since the point before
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Evaluated:
     step: int
     bits_per_byte: float
     evaluation_set: str
+    took_s: float = field(default=0.0, compare=False)  # training stopped so long for it
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Sampled:
 
     step: int
     text: str
+    took_s: float = field(default=0.0, compare=False)  # training stopped so long for it
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 SAMPLE_S = 5.0
 CLOSE_S = 5.0
+# NVML's bits of hardware slowdown, thermal slowdown by software and by hardware, and power brake.
+# Not the power cap: a card at its limit reaches it all the time.
+THROTTLED = 0x8 | 0x20 | 0x40 | 0x80
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells boxes apart that have one host name
 
 
@@ -97,6 +100,7 @@ class GpuWatch:
             lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
         )
         millijoules = self._asked(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+        reasons = self._asked(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
         energy = None
         if millijoules is not None:
             joules = millijoules / 1e3
@@ -110,6 +114,7 @@ class GpuWatch:
             power_watts=None if milliwatts is None else milliwatts / 1e3,
             temperature_celsius=celsius,
             energy_joules=energy,
+            throttled=None if reasons is None else bool(reasons & THROTTLED),
         )
 
     def _asked(self, question: Callable[[], T]) -> T | None:

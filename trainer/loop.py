@@ -78,6 +78,7 @@ class Loop:
         self._saved_step = state.step  # what is already in a checkpoint, or need not be
         self._saved_at = time.monotonic()
         self._due_since: float | None = None  # a checkpoint that found no room; on all ranks alike
+        self._checkpoint_s = 0.0  # spent on checkpoints since the last point
 
     def run(self) -> LoopEnd:
         """Train until the horizon, a stop, or a failure that the end names."""
@@ -158,8 +159,10 @@ class Loop:
                 groups=values.groups,
                 mfu_ratio=parts.mfu(step_s),
                 devices=parts.gpus(),
+                checkpoint_s=self._checkpoint_s,
             )
         )
+        self._checkpoint_s = 0.0
         return None
 
     def _after_step(self) -> None:
@@ -167,12 +170,16 @@ class Loop:
         spec, state = self._parts.spec, self._state
         last = state.step == self._horizon
         if last or (spec.evaluate.every and state.step % spec.evaluate.every == 0):
+            began = time.monotonic()
             bpb, evaluation_set = self._parts.evaluate()
             state.validation_bpb = bpb
-            self._parts.reporter.event(Evaluated(state.step, bpb, evaluation_set))
+            took_s = time.monotonic() - began
+            self._parts.reporter.event(Evaluated(state.step, bpb, evaluation_set, took_s))
         due = spec.sample.every and state.step % spec.sample.every == 0
         if due and self._parts.sample is not None:
-            self._parts.reporter.event(Sampled(state.step, self._parts.sample()))
+            began = time.monotonic()
+            text = self._parts.sample()
+            self._parts.reporter.event(Sampled(state.step, text, time.monotonic() - began))
         every = spec.checkpoint.every_steps
         if not last and every and state.step % every == 0:
             self._checkpoint()
@@ -197,8 +204,10 @@ class Loop:
         """
         if self._state.step == self._saved_step:
             return
+        began = time.monotonic()
         with self._parts.watchdog.elsewhere():
             self._snapshot(wait)
+        self._checkpoint_s += time.monotonic() - began
 
     def _snapshot(self, wait: bool) -> None:
         writer, world = self._parts.writer, self._parts.world

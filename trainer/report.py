@@ -233,6 +233,7 @@ def point_to_proto(point: Point) -> pb.MetricPoint:
         tokens=point.tokens,
         tokens_per_s=point.tokens_per_s,
         mfu_ratio=point.mfu_ratio,
+        checkpoint_s=point.checkpoint_s,
         groups=[_values(group, values) for group, values in point.groups.items()],
         devices=[pb.DeviceSample(**asdict(sample)) for sample in point.devices],
     )
@@ -269,16 +270,19 @@ def event_to_proto(event: Event) -> pb.Event:
                 step=ref.step,
                 checkpoint=pb.CheckpointRef(**ref.model_dump()),
             )
-        case Evaluated(step, bits_per_byte, evaluation_set):
+        case Evaluated(step, bits_per_byte, evaluation_set, took_s):
             return pb.Event(
                 kind=pb.EVENT_KIND_EVALUATED,
                 message=f"validation {bits_per_byte:.4f} bits per byte",
                 step=step,
                 validation_bpb=bits_per_byte,
                 evaluation_set=evaluation_set,
+                evaluation_s=took_s,
             )
-        case Sampled(step, text):
-            return pb.Event(kind=pb.EVENT_KIND_SAMPLED, message=text, step=step)
+        case Sampled(step, text, took_s):
+            return pb.Event(
+                kind=pb.EVENT_KIND_SAMPLED, message=text, step=step, evaluation_s=took_s
+            )
         case Warned(step, message):
             return pb.Event(kind=pb.EVENT_KIND_WARNING, message=message, step=step)
 

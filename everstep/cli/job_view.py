@@ -17,6 +17,8 @@ from everstep.cli import output
 from everstep.cli.watch_view import in_force_table
 from everstep.v1 import everstep_pb2 as pb
 
+J_PER_KWH = 3.6e6
+
 
 def job_table(jobs: Iterable[pb.Job]) -> Table:
     """One line a job."""
@@ -121,6 +123,10 @@ def show_job(console: Console, job: pb.Job) -> None:
     if job.HasField("checkpoint"):
         _line(console, "checkpoint", output.ref_name(job.checkpoint))
     _line(console, "times", _times(job))
+    if job.HasField("goodput"):
+        _line(console, "time went", _goodput(job.goodput))
+    if job.HasField("energy_joules"):
+        _line(console, "energy", f"{job.energy_joules / J_PER_KWH:.3g} kWh by its GPUs")
     if job.in_force:
         console.print(Text("\nin force at the newest attempt's first step", style="bold"))
         console.print(in_force_table(job.in_force, {}))
@@ -158,6 +164,19 @@ def _latest(point: pb.MetricPoint) -> str:
         f"loss {point.loss_smoothed:.4f} (step {point.step:,}: {point.loss:.4f}), "
         f"{point.tokens_per_s:,.0f} tokens/s, gradient norm {point.gradient_norm:.4g}{mfu}"
     )
+
+
+def _goodput(goodput: pb.Goodput) -> str:
+    """The kinds that took any time, the longest first."""
+    kinds = [
+        (field.name.removesuffix("_s"), getattr(goodput, field.name))
+        for field in goodput.DESCRIPTOR.fields
+        if field.name.endswith("_s")
+    ]
+    spent = sorted((pair for pair in kinds if pair[1] > 0), key=lambda pair: -pair[1])
+    told = ", ".join(f"{kind} {output.duration(seconds)}" for kind, seconds in spent)
+    ratio = f"  (goodput {goodput.ratio:.1%})" if goodput.HasField("ratio") else ""
+    return (told or "nothing yet") + ratio
 
 
 def _times(job: pb.Job) -> str:

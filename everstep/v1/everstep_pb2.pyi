@@ -294,7 +294,7 @@ class PrecisionSpec(_message.Message):
     def __init__(self, compute: _Optional[_Union[Compute, str]] = ..., embeddings: _Optional[_Union[Embeddings, str]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "spec", "state", "reason", "start", "step", "create_time", "start_time", "end_time", "attempts", "latest", "in_force", "checkpoint", "desired_state", "validation_bpb", "eta_s")
+    __slots__ = ("id", "spec", "state", "reason", "start", "step", "create_time", "start_time", "end_time", "attempts", "latest", "in_force", "checkpoint", "desired_state", "validation_bpb", "eta_s", "goodput", "energy_joules")
     ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +311,8 @@ class Job(_message.Message):
     DESIRED_STATE_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_BPB_FIELD_NUMBER: _ClassVar[int]
     ETA_S_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_FIELD_NUMBER: _ClassVar[int]
+    ENERGY_JOULES_FIELD_NUMBER: _ClassVar[int]
     id: str
     spec: JobSpec
     state: JobState
@@ -327,7 +329,31 @@ class Job(_message.Message):
     desired_state: JobState
     validation_bpb: float
     eta_s: float
-    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., step: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., latest: _Optional[_Union[MetricPoint, _Mapping]] = ..., in_force: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., desired_state: _Optional[_Union[JobState, str]] = ..., validation_bpb: _Optional[float] = ..., eta_s: _Optional[float] = ...) -> None: ...
+    goodput: Goodput
+    energy_joules: float
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., step: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., latest: _Optional[_Union[MetricPoint, _Mapping]] = ..., in_force: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., desired_state: _Optional[_Union[JobState, str]] = ..., validation_bpb: _Optional[float] = ..., eta_s: _Optional[float] = ..., goodput: _Optional[_Union[Goodput, _Mapping]] = ..., energy_joules: _Optional[float] = ...) -> None: ...
+
+class Goodput(_message.Message):
+    __slots__ = ("queue_s", "start_s", "data_s", "productive_s", "recompute_s", "checkpoint_s", "evaluation_s", "wait_s", "ratio")
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    DATA_S_FIELD_NUMBER: _ClassVar[int]
+    PRODUCTIVE_S_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_S_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    queue_s: float
+    start_s: float
+    data_s: float
+    productive_s: float
+    recompute_s: float
+    checkpoint_s: float
+    evaluation_s: float
+    wait_s: float
+    ratio: float
+    def __init__(self, queue_s: _Optional[float] = ..., start_s: _Optional[float] = ..., data_s: _Optional[float] = ..., productive_s: _Optional[float] = ..., recompute_s: _Optional[float] = ..., checkpoint_s: _Optional[float] = ..., evaluation_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., ratio: _Optional[float] = ...) -> None: ...
 
 class Attempt(_message.Message):
     __slots__ = ("number", "start_time", "end_time", "start_step", "outcome", "message")
@@ -368,7 +394,7 @@ class GroupValues(_message.Message):
     def __init__(self, group: _Optional[str] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class MetricPoint(_message.Message):
-    __slots__ = ("step", "loss", "loss_smoothed", "gradient_norm", "step_s", "data_wait_s", "tokens", "tokens_per_s", "mfu_ratio", "groups", "time", "devices")
+    __slots__ = ("step", "loss", "loss_smoothed", "gradient_norm", "step_s", "data_wait_s", "tokens", "tokens_per_s", "mfu_ratio", "groups", "time", "devices", "checkpoint_s")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SMOOTHED_FIELD_NUMBER: _ClassVar[int]
@@ -381,6 +407,7 @@ class MetricPoint(_message.Message):
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_S_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     loss_smoothed: float
@@ -393,10 +420,11 @@ class MetricPoint(_message.Message):
     groups: _containers.RepeatedCompositeFieldContainer[GroupValues]
     time: _timestamp_pb2.Timestamp
     devices: _containers.RepeatedCompositeFieldContainer[DeviceSample]
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., loss_smoothed: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mfu_ratio: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceSample, _Mapping]]] = ...) -> None: ...
+    checkpoint_s: float
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., loss_smoothed: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mfu_ratio: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceSample, _Mapping]]] = ..., checkpoint_s: _Optional[float] = ...) -> None: ...
 
 class DeviceSample(_message.Message):
-    __slots__ = ("index", "name", "memory_used_bytes", "memory_total_bytes", "utilization_ratio", "power_watts", "temperature_celsius", "energy_joules")
+    __slots__ = ("index", "name", "memory_used_bytes", "memory_total_bytes", "utilization_ratio", "power_watts", "temperature_celsius", "energy_joules", "throttled")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -405,6 +433,7 @@ class DeviceSample(_message.Message):
     POWER_WATTS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
     ENERGY_JOULES_FIELD_NUMBER: _ClassVar[int]
+    THROTTLED_FIELD_NUMBER: _ClassVar[int]
     index: int
     name: str
     memory_used_bytes: int
@@ -413,10 +442,11 @@ class DeviceSample(_message.Message):
     power_watts: float
     temperature_celsius: float
     energy_joules: float
-    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., utilization_ratio: _Optional[float] = ..., power_watts: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., energy_joules: _Optional[float] = ...) -> None: ...
+    throttled: bool
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., utilization_ratio: _Optional[float] = ..., power_watts: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., energy_joules: _Optional[float] = ..., throttled: _Optional[bool] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("kind", "message", "checkpoint", "checkpoint_bytes", "checkpoint_s", "checkpoint_stall_s", "validation_bpb", "groups", "state", "outcome", "step", "evaluation_set", "checkpoint_postponed_s", "device", "actor")
+    __slots__ = ("kind", "message", "checkpoint", "checkpoint_bytes", "checkpoint_s", "checkpoint_stall_s", "validation_bpb", "groups", "state", "outcome", "step", "evaluation_set", "checkpoint_postponed_s", "device", "actor", "evaluation_s")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -432,6 +462,7 @@ class Event(_message.Message):
     CHECKPOINT_POSTPONED_S_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_S_FIELD_NUMBER: _ClassVar[int]
     kind: EventKind
     message: str
     checkpoint: CheckpointRef
@@ -447,7 +478,8 @@ class Event(_message.Message):
     checkpoint_postponed_s: float
     device: DeviceInfo
     actor: str
-    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., message: _Optional[str] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_s: _Optional[float] = ..., checkpoint_stall_s: _Optional[float] = ..., validation_bpb: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., state: _Optional[_Union[JobState, str]] = ..., outcome: _Optional[str] = ..., step: _Optional[int] = ..., evaluation_set: _Optional[str] = ..., checkpoint_postponed_s: _Optional[float] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., actor: _Optional[str] = ...) -> None: ...
+    evaluation_s: float
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., message: _Optional[str] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_s: _Optional[float] = ..., checkpoint_stall_s: _Optional[float] = ..., validation_bpb: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., state: _Optional[_Union[JobState, str]] = ..., outcome: _Optional[str] = ..., step: _Optional[int] = ..., evaluation_set: _Optional[str] = ..., checkpoint_postponed_s: _Optional[float] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., actor: _Optional[str] = ..., evaluation_s: _Optional[float] = ...) -> None: ...
 
 class DeviceInfo(_message.Message):
     __slots__ = ("name", "memory_bytes", "free_bytes")

@@ -9,7 +9,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.jobs import Attempt, Desired, Job, JobView, Progress
+from service.jobs import Account, Attempt, Desired, Job, JobView, Progress
+from service.ledger import Ledger
 from service.store.database import Database
 from service.store.record_store import NewRecord, append_records
 from service.store.schema import attempts, jobs, progress
@@ -99,6 +100,27 @@ class JobStore:
         query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
         async with self._database.read() as connection:
             return {JobState(state): count for state, count in await connection.execute(query)}
+
+    async def accounts(self, job_ids: Collection[str]) -> list[Account]:
+        """Of jobs that are not final, and of these."""
+        unfinished = [state.value for state in JobState if state not in FINAL]
+        query = (
+            sa.select(jobs.c.id, jobs.c.spec, jobs.c.state, progress.c.ledger)
+            .join(progress, progress.c.job_id == jobs.c.id)
+            .where(sa.or_(jobs.c.state.in_(unfinished), jobs.c.id.in_(job_ids)))
+        )
+        async with self._database.read() as connection:
+            return [
+                Account(
+                    job_id,
+                    spec["name"],
+                    spec["batch"]["total_batch_size"],
+                    JobState(state) in FINAL,
+                    Ledger.from_dict(kept),
+                )
+                for job_id, spec, state, kept in await connection.execute(query)
+                if kept
+            ]
 
     async def view(self, job_id: str) -> JobView | None:
         """One job with its progress and attempts, newest attempt first."""
@@ -204,6 +226,7 @@ def _progress(row: sa.Row[Any]) -> Progress:
         checkpoint=_ref(columns[progress.c.checkpoint]),
         checkpoint_at=columns[progress.c.checkpoint_at],
         validation_bpb=columns[progress.c.validation_bpb],
+        ledger=Ledger.from_dict(kept) if (kept := columns[progress.c.ledger]) else None,
     )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from everstep.v1 import everstep_pb2 as pb
 from service.errors import StaleAttemptError
 from service.jobs import Attempt, Record
+from service.ledger import Ledger
 from service.store.database import TOUCHED, Database
-from service.store.schema import attempts, progress, records
+from service.store.schema import attempts, jobs, progress, records
 from trainer.storage.manifest import CheckpointRef
 
 
@@ -27,6 +29,7 @@ class NewRecord:
     body: bytes
     # What the record changes of the job's progress: columns of the table.
     changes: dict[str, Any] = field(default_factory=dict)
+    message: pb.WatchJobResponse | None = None  # the body, for the job's ledger
 
     @staticmethod
     def checkpoint_change(ref: CheckpointRef, time: float) -> dict[str, Any]:
@@ -155,14 +158,16 @@ async def append_records(
     connection: AsyncConnection, job_id: str, new: Sequence[NewRecord]
 ) -> None:
     """Append within a transaction, and apply what the records change of the job's progress."""
-    cursor = await connection.scalar(
-        sa.select(progress.c.next_cursor).where(progress.c.job_id == job_id)
-    )
-    assert cursor is not None, "a job and its progress are made together"
+    row = (await connection.execute(_ACCOUNT.where(progress.c.job_id == job_id))).first()
+    assert row is not None, "a job and its progress are made together"
+    cursor, kept, created_at = row
+    ledger = Ledger.from_dict(kept) if kept else await _replayed(connection, job_id, created_at)
     changes: dict[str, Any] = {"next_cursor": cursor + len(new)}
     rows = []
     for number, record in enumerate(new, start=cursor):
         changes.update(record.changes)
+        if record.message is not None:
+            ledger.take(record.time, record.message)
         rows.append(
             {
                 "job_id": job_id,
@@ -177,8 +182,24 @@ async def append_records(
     await connection.execute(sa.insert(records), rows)
     connection.info[TOUCHED].add(job_id)
     await connection.execute(
-        sa.update(progress).where(progress.c.job_id == job_id).values(**changes)
+        sa.update(progress)
+        .where(progress.c.job_id == job_id)
+        .values(**changes, ledger=ledger.to_dict())
     )
+
+
+_ACCOUNT = sa.select(progress.c.next_cursor, progress.c.ledger, jobs.c.created_at).join(
+    jobs, jobs.c.id == progress.c.job_id
+)
+
+
+async def _replayed(connection: AsyncConnection, job_id: str, created_at: float) -> Ledger:
+    """The ledger of a new job, or of one from before ledgers were kept: from its records."""
+    ledger = Ledger(until=created_at)
+    query = sa.select(records.c.time, records.c.body).where(records.c.job_id == job_id)
+    for time, body in await connection.execute(query.order_by(records.c.cursor)):
+        ledger.take(time, pb.WatchJobResponse.FromString(body))
+    return ledger
 
 
 def _evenly(points: sa.Subquery, count: int) -> sa.Select[Any]:

@@ -38,6 +38,7 @@ progress = sa.Table(
     sa.Column("checkpoint", sa.JSON, nullable=True),
     sa.Column("checkpoint_at", sa.Float, nullable=True),
     sa.Column("validation_bpb", sa.Float, nullable=True),
+    sa.Column("ledger", sa.JSON, nullable=True),  # see service/ledger.py
 )
 
 attempts = sa.Table(

@@ -17,6 +17,7 @@ class FakeNvml:
     def __init__(self) -> None:
         self.lost: set[str] = set()
         self.energy_mj = 5_000_000
+        self.throttle_reasons = 0x4  # at its power cap
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
         if uuid in self.lost or uuid not in ("GPU-a", "GPU-b"):
@@ -44,6 +45,9 @@ class FakeNvml:
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
         self.energy_mj += 100_000
         return self._figure(handle, self.energy_mj)
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:  # noqa: N802
+        return self._figure(handle, self.throttle_reasons)
 
     def _figure(self, handle: str, value: int) -> int:
         if handle == "GPU-b":

@@ -23,6 +23,7 @@ from trainer.events import (
     CheckpointCommitted,
     Directive,
     Evaluated,
+    Sampled,
     ValuesInForce,
     Warned,
 )
@@ -108,6 +109,14 @@ def test_an_attempt_at_the_horizon_has_nothing_left_to_do(bucket: Bucket) -> Non
     assert (result.outcome, result.attempt, result.step) == (Outcome.COMPLETED, 2, HORIZON)
     assert not told.points
     assert told.closed
+
+
+def test_what_stops_training_between_steps_is_told_with_its_seconds(bucket: Bucket) -> None:
+    bucket.add("JOB", evaluate={"every": 3, "tokens": 256}, sample={"every": 6})
+    _, told = bucket.run("JOB")
+    assert [event.step for event in told.of(Evaluated) if event.took_s > 0] == [3, 6, 9, 12]
+    assert [event.step for event in told.of(Sampled) if event.took_s > 0] == [6, 12]
+    assert [point.step for point in told.points if point.checkpoint_s > 0] == [5, 9]
 
 
 def test_a_stop_before_the_first_step_leaves_no_checkpoint(bucket: Bucket) -> None:

@@ -205,7 +205,10 @@ def test_a_terminal_gets_a_bar_with_events_above_it() -> None:
 def test_get_shows_progress_values_and_attempts(
     service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    service.script(GetJob=[pb.GetJobResponse(job=job(start=100, reason="attempt 2 trains"))])
+    found = job(start=100, reason="attempt 2 trains")
+    found.goodput.MergeFrom(pb.Goodput(productive_s=5400, start_s=60, ratio=0.989))
+    found.energy_joules = 9e5
+    service.script(GetJob=[pb.GetJobResponse(job=found)])
     assert run(["get", "JOB1"]) == 0
     said = capsys.readouterr().out
     for words in (
@@ -218,6 +221,8 @@ def test_get_shows_progress_values_and_attempts(
         "matrix_8x8",
         "CRASHED",
         "boom",
+        "productive 1 h 30 min, start 1 min  (goodput 98.9%)",
+        "0.25 kWh",
     ):
         assert words in said
 

@@ -29,6 +29,7 @@ FULL = GpuSample(
     power_watts=199.5,
     temperature_celsius=71,
     energy_joules=0.0,
+    throttled=False,
 )
 
 
@@ -64,11 +65,24 @@ def test_what_a_card_does_not_give_is_absent_and_a_lost_card_too(
         _, second = next_samples(watch)
         assert second.memory_used_bytes == FULL.memory_used_bytes
         figures = (second.utilization_ratio, second.power_watts, second.temperature_celsius)
-        assert (*figures, second.energy_joules) == (None, None, None, None)
+        assert (*figures, second.energy_joules, second.throttled) == (None,) * 5
         nvml.lost.add("GPU-a")
         deadline = time.monotonic() + WAIT_S
         while [sample.index for sample in next_samples(watch)] != [1]:
             assert time.monotonic() < deadline
+    finally:
+        watch.close()
+
+
+@pytest.mark.parametrize(("reasons", "held_down"), [(0x0, False), (0x4, False), (0x24, True)])
+def test_a_card_at_its_power_cap_is_well_and_one_held_down_by_heat_is_not(
+    reasons: int, held_down: bool
+) -> None:
+    nvml = FakeNvml()
+    nvml.throttle_reasons = reasons
+    watch = GpuWatch(nvml, ["GPU-a"])
+    try:
+        assert next_samples(watch)[0].throttled is held_down
     finally:
         watch.close()
 
@@ -88,18 +102,15 @@ def test_samples_become_metrics_that_go_with_their_job() -> None:
     def value(name: str) -> float | None:
         return registry.get_sample_value(f"everstep_gpu_{name}", labels)
 
-    # An attempt's energy counts from its own start: 300 J of one attempt, 50 J of the next.
-    for energy in (0.0, 100.0, 300.0, 0.0, 50.0):
-        sample = GpuSample(**{**vars(FULL), "energy_joules": energy})
-        values = {"wte": GroupValues(0.1, 0.8, 0.0)}
-        point = Point(1, 2.0, 2.0, 0.5, 0.1, 0.0, 512, 5120.0, values, (sample,))
-        metrics.observe_point(job, point_to_proto(point))
+    values = {"wte": GroupValues(0.1, 0.8, 0.0)}
+    point = Point(1, 2.0, 2.0, 0.5, 0.1, 0.0, 512, 5120.0, values, (FULL,))
+    metrics.observe_point(job, point_to_proto(point))
     assert value("memory_used_bytes") == 9_448 << 20
     assert value("memory_total_bytes") == 12_282 << 20
     assert value("utilization_ratio") == 0.97
     assert value("power_watts") == 199.5
     assert value("temperature_celsius") == 71
-    assert value("energy_joules_total") == 350.0
+    assert value("throttled") == 0.0
     metrics.forget(job.id)
     assert value("power_watts") is None
 

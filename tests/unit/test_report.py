@@ -325,6 +325,12 @@ def test_what_the_job_runs_on_and_what_was_free_travel_with_the_values_in_force(
     assert not event_to_proto(ValuesInForce(8, GROUPS)).HasField("device")
 
 
+def test_seconds_that_stopped_training_are_on_the_wire() -> None:
+    assert event_to_proto(Evaluated(8, 1.25, "E", 3.5)).evaluation_s == 3.5
+    assert event_to_proto(Sampled(8, "The end", 2.5)).evaluation_s == 2.5
+    assert point_to_proto(replace(point(9), checkpoint_s=0.5)).checkpoint_s == 0.5
+
+
 def test_a_share_of_the_peak_is_on_the_wire_only_where_the_peak_is_known() -> None:
     assert not point_to_proto(point(9)).HasField("mfu_ratio")
     assert point_to_proto(replace(point(9), mfu_ratio=0.5)).mfu_ratio == 0.5
