@@ -13,7 +13,7 @@ PROCESS_FAULTS := tests/fault/test_exact_resume.py tests/fault/test_store_faults
 CHAOS_ROUNDS ?= 10
 FUZZ_ROUNDS ?= 10000
 
-.PHONY: help setup demo test test-all chaos lint fmt type proto bench e2e up down check clean
+.PHONY: help setup demo test test-all chaos lint fmt type proto metrics-page bench e2e up down check clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -61,6 +61,9 @@ type: setup  ## mypy --strict
 proto: setup  ## generate the stubs
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/everstep/v1/everstep.proto
+
+metrics-page: setup  ## docs/metrics.md, from the metrics that the service exports
+	$(BIN)/python -m service.metrics_page docs/metrics.md
 
 e2e: setup  ## the compose stack on a Docker engine: build, train, kill, stop, go on
 	$(TEST) -s tests/e2e

@@ -19,7 +19,7 @@ ONLY = {
     "sqlalchemy": {"service.store", "service.store.migrations"},
     "alembic": {"service.store", "service.store.migrations"},
     "pydantic_settings": {"service.settings"},
-    "prometheus_client": {"service.metrics", "service.__main__"},
+    "prometheus_client": {"service.metrics", "service.metrics_page", "service.__main__"},
     "pynvml": {"trainer.gpu", "service.doctor"},
     "psutil": {"service.parts"},
     "pyarrow": {"trainer.data"},
