@@ -73,15 +73,15 @@ class Blueprint:
         in_force = InForce.from_dict(told) if told is not None else None
         return Schedule(self.spec.schedule, self.groups, self.start_step, in_force)
 
-    def model(self, runtime: Runtime) -> tuple[GPT, Optimizer]:
-        """Fresh weights and their optimizer, on the device."""
+    def model(self, runtime: Runtime, world: World) -> tuple[GPT, Optimizer]:
+        """Fresh weights and this rank's share of their optimizer, on the device."""
         model = GPT(self.shape, runtime.compute_dtype, runtime.embedding_dtype)
         model.init_weights(self.spec.start.init_seed)
         model.to(runtime.device)
         if runtime.compile:
             model.compile_loss()
         compute = runtime.compute_dtype
-        return model, Optimizer(model, self.groups, compute, compile=runtime.compile)
+        return model, Optimizer(model, self.groups, compute, runtime.compile, world)
 
     def shard_reader(self, cache: Path) -> ShardReader:
         """The job's shards; for one thread."""

@@ -19,39 +19,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from everstep.v1 import everstep_pb2 as pb
 from trainer.assembly import Blueprint
 from trainer.checkpoint.snapshot import Snapshots
 from trainer.checkpoint.spool import Spool, salvage, sweep
-from trainer.checkpoint.train_state import StateMisfitError, TrainState, restore
+from trainer.checkpoint.train_state import TrainState, restore
 from trainer.checkpoint.writer import NOTHING, CheckpointWriter
 from trainer.contract.credential import AttemptIdentity, attempt_credential
 from trainer.contract.memory import fitted, smaller_batch
 from trainer.contract.outcome import EXIT_CODES, AttemptResult, Outcome
 from trainer.contract.spec import JobSpec
-from trainer.contract.violations import SpecError
-from trainer.data.loader import EmptyDataError, Prefetcher
-from trainer.data.shards import ShardFormatError
+from trainer.data.loader import Prefetcher
 from trainer.distributed import World
 from trainer.events import CheckpointPassedOver, Directive, Event, Point, Reporter, Warned
+from trainer.failures import outcome_of
 from trainer.gpt import GPT
 from trainer.gpu import watch_gpus
 from trainer.logs import LoggingReporter, LogShipper
 from trainer.loop import Loop, LoopEnd, Parts
 from trainer.optim import Optimizer
+from trainer.pace import Pace
 from trainer.report import ServiceReporter
 from trainer.runtime import look, prepare
 from trainer.start import Start, choose_start, download
-from trainer.storage.binding import DataChangedError
-from trainer.storage.documents import DocumentError
 from trainer.storage.layout import MAX_STEP
-from trainer.storage.object_store import NotFoundError, ObjectStore, StoreError, open_store
+from trainer.storage.object_store import ObjectStore, StoreError, open_store
 from trainer.storage.repository import (
     CheckpointRepository,
-    CorruptCheckpointError,
-    StaleWriterError,
 )
 from trainer.storage.retry import patiently
 from trainer.watchdog import STALL_FLOOR_S, TICK_S, Stall, Watchdog
@@ -88,20 +82,6 @@ class AttemptContext:
     watch_tick_s: float = TICK_S
 
 
-# What torch says where there is no memory for a tensor of the CPU's; it has no class of its own.
-CPU_OUT_OF_MEMORY = "can't allocate memory"
-# Errors by what they mean for the job, first match; an error of no listed kind is our own.
-OUTCOMES: list[tuple[tuple[type[BaseException], ...], Outcome]] = [
-    ((torch.OutOfMemoryError, MemoryError), Outcome.OUT_OF_MEMORY),
-    ((StaleWriterError,), Outcome.STALE_WRITER),
-    ((DataChangedError,), Outcome.DATA_CHANGED),
-    ((StateMisfitError, CorruptCheckpointError), Outcome.CHECKPOINT_UNUSABLE),
-    ((SpecError, DocumentError, EmptyDataError, ShardFormatError), Outcome.INVALID_JOB),
-    ((NotFoundError,), Outcome.INVALID_JOB),
-    ((StoreError,), Outcome.STORE_UNAVAILABLE),
-]
-
-
 class _Progress:
     """How far an attempt got, for the result of one that failed."""
 
@@ -130,14 +110,6 @@ def run_attempt(context: AttemptContext, world: World) -> AttemptResult:
         if outcome is Outcome.OUT_OF_MEMORY:
             outcome, message = _out_of_memory(context, world, progress, message)
         return AttemptResult(progress.attempt, outcome, message[:MAX_MESSAGE], progress.step)
-
-
-def outcome_of(error: Exception) -> Outcome:
-    """What an error means for the job."""
-    if isinstance(error, RuntimeError) and CPU_OUT_OF_MEMORY in str(error):
-        return Outcome.OUT_OF_MEMORY
-    found = (outcome for kinds, outcome in OUTCOMES if isinstance(error, kinds))
-    return next(found, Outcome.CODE_ERROR)
 
 
 def _out_of_memory(
@@ -179,9 +151,7 @@ def _run(
     asked = blueprint.spec.batch.device_batch_size
     blueprint = replace(blueprint, spec=fitted(blueprint.spec, world.size, start.too_large))
     progress.spec = blueprint.spec
-    shipper = LogShipper(store, context.job_id, start.attempt, world.rank)
-    cleanup.callback(shipper.close)
-    log.info("rank %d of %d, attempt %d at %s", world.rank, world.size, start.attempt, context.host)
+    _ship_logs(context, world, store, start.attempt, cleanup)
     reporter = LoggingReporter(_reporter(context, world, start))
     cleanup.callback(reporter.close)
     runtime = prepare(
@@ -190,7 +160,7 @@ def _run(
     hardware = look(runtime.device)  # before anything of ours takes its memory
     validation = blueprint.validation(cache)
     _say_how_it_starts(reporter, start, blueprint.spec, asked, len(validation.rows))
-    model, optimizer = blueprint.model(runtime)
+    model, optimizer = blueprint.model(runtime, world)
     _load(start, store, copies, model, optimizer, world)
     writer = CheckpointWriter(
         repository,
@@ -225,12 +195,27 @@ def _run(
         hardware=hardware,
         mfu=blueprint.mfu(hardware, world),
         watchdog=_watchdog(context, world, reporter, progress),
+        pace=Pace(world, runtime.device),
     )
     outcome, message = _last_save(writer, world, Loop(parts, start.state).run())
     if outcome is Outcome.NOT_FINITE:
         message += f"; the last good checkpoint is {writer.committed or start.ref or 'none'}"
     saved = writer.committed.step if writer.committed else None
     return AttemptResult(start.attempt, outcome, message, start.state.step, saved)
+
+
+def _ship_logs(
+    context: AttemptContext,
+    world: World,
+    store: ObjectStore,
+    attempt: int,
+    cleanup: contextlib.ExitStack,
+) -> None:
+    """From here on the log is kept in the bucket; its first line says who speaks."""
+    shipper = LogShipper(store, context.job_id, attempt, world.rank)
+    cleanup.callback(shipper.close)
+    place = (world.rank, world.size, attempt, context.host, os.getpid())
+    log.info("rank %d of %d, attempt %d at %s, process %d", *place)
 
 
 def _say_how_it_starts(

@@ -6,7 +6,7 @@ has one shape for any world size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,29 +32,49 @@ class World:
         return self.rank == 0
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Add up tensors over the ranks, in place.
+        """Add up tensors over the ranks, in place. Every rank must call it with tensors alike."""
+        self._exchange([(tensor, None) for tensor in tensors], dist.all_reduce)
 
-        Large ones travel as they are, all at once; the others of a dtype in one message. So no
-        second copy of the gradients exists. Every rank must call it with tensors alike.
+    def sum_at_owner_(self, owned: Iterable[tuple[torch.Tensor, int]]) -> None:
+        """Add up each tensor over the ranks, in place at its owner; elsewhere it is used up.
+
+        Half the traffic of sum_. Every rank must call it with tensors and owners alike.
+        """
+        self._exchange(owned, lambda tensor, rank, **how: dist.reduce(tensor, dst=rank, **how))
+
+    def spread_(self, owned: Iterable[tuple[torch.Tensor, int]]) -> None:
+        """Give every rank the owner's values of each tensor, in place. Every rank must call it."""
+        self._exchange(owned, lambda tensor, rank, **how: dist.broadcast(tensor, src=rank, **how))
+
+    def _exchange(
+        self, tensors: Iterable[tuple[torch.Tensor, int | None]], collective: Callable[..., Any]
+    ) -> None:
+        """Large tensors travel as they are, all at once; the others of a dtype in one message.
+
+        So no second copy of the gradients exists.
         """
         if self.size == 1:
             return
         on_their_way: list[Any] = []
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for tensor in tensors:
+        together: dict[tuple[torch.dtype, int | None], list[torch.Tensor]] = {}
+        for tensor, rank in tensors:
             if tensor.nbytes >= OWN_MESSAGE_BYTES and tensor.is_contiguous():
-                on_their_way.append(dist.all_reduce(tensor, async_op=True))
+                on_their_way.append(collective(tensor, *_named(rank), async_op=True))
             else:
-                by_dtype.setdefault(tensor.dtype, []).append(tensor)
-        for group in by_dtype.values():
+                together.setdefault((tensor.dtype, rank), []).append(tensor)
+        for (_, rank), group in together.items():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            dist.all_reduce(flat)
+            collective(flat, *_named(rank))
             offset = 0
             for tensor in group:
                 tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
                 offset += tensor.numel()
         for work in on_their_way:
             work.wait()
+
+    def zero(self) -> torch.Tensor:
+        """A scalar 0 in fp32 that can travel."""
+        return torch.zeros((), device=_meeting_device() if self.size > 1 else None)
 
     def share(self, value: int) -> int:
         """Rank 0's value, on every rank. Every rank must call it at the same point."""
@@ -87,6 +107,10 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=_meeting_device())
         return box[0]
+
+
+def _named(rank: int | None) -> tuple[int, ...]:
+    return () if rank is None else (rank,)
 
 
 def _meeting_device() -> torch.device:

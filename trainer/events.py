@@ -57,6 +57,7 @@ class Point:
     devices: tuple[GpuSample, ...] = ()  # of rank 0's node; in one point about every 5 s
     mfu_ratio: float | None = None  # None where the device's peak is unknown
     checkpoint_s: float = 0.0  # stopped for checkpoints since the point before
+    rank_busy_s: tuple[float, ...] = ()  # each rank's work on the step before, waits left out
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,18 @@ from trainer.contract.schedule import GroupValues, Schedule
 from trainer.contract.spec import JobSpec
 from trainer.data.loader import StepBatch
 from trainer.distributed import World
-from trainer.events import Directive, Evaluated, GpuSample, Point, Reporter, Sampled, ValuesInForce
+from trainer.events import (
+    Directive,
+    Evaluated,
+    GpuSample,
+    Point,
+    Reporter,
+    Sampled,
+    ValuesInForce,
+    Warned,
+)
 from trainer.optim import Optimizer, clip_grad_norm
+from trainer.pace import Pace
 from trainer.watchdog import Watchdog
 
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
@@ -58,6 +68,7 @@ class Parts:
     hardware: Device | None = None  # what this rank computes on
     mfu: Callable[[float], float | None] = lambda step_s: None  # of a step that took so long
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(lambda stall: None))
+    pace: Pace = field(default_factory=lambda: Pace(World(), torch.device("cpu")))
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ class Loop:
         data_wait_s = time.monotonic() - began
         values = parts.schedule.at(state.step)
         parts.optimizer.apply(values)
+        parts.pace.begin(data_wait_s)
         loss_sum = torch.zeros((), device=parts.device)
         share = 1.0 / (len(batch.micro) * parts.world.size)
         for x, y in batch.micro:
@@ -119,10 +131,7 @@ class Loop:
             loss = parts.forward(x_BT, y_BT) * share
             loss.backward()  # type: ignore[no-untyped-call] # torch's own annotation is missing
             loss_sum += loss.detach()
-        gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
-        parts.world.sum_([*gradients, loss_sum])
-        norm = clip_grad_norm(parts.model.parameters(), parts.spec.optimizer.grad_clip_norm)
-        mean_loss, gradient_norm = torch.stack([loss_sum, norm]).tolist()  # the step's one sync
+        gradient_norm, mean_loss, *busy_s = self._reduce(loss_sum)
         if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
             message = (
                 f"step {state.step + 1}: loss {mean_loss}, gradient norm {gradient_norm}; "
@@ -134,6 +143,7 @@ class Loop:
             return LoopEnd(Outcome.HYPERPARAMETERS_NOT_APPLIED, "; ".join(wrong))
         parts.optimizer.step()
         parts.optimizer.zero_grad()
+        parts.world.spread_(self._owned(lambda parameter: parameter.data))
         past = state.loss_smoothed
         smoothed = mean_loss if past is None else SMOOTHING * past + (1 - SMOOTHING) * mean_loss
         state.step += 1
@@ -160,10 +170,35 @@ class Loop:
                 mfu_ratio=parts.mfu(step_s),
                 devices=parts.gpus(),
                 checkpoint_s=self._checkpoint_s,
+                rank_busy_s=tuple(busy_s),
             )
         )
         self._checkpoint_s = 0.0
+        for words in parts.pace.judge(busy_s):
+            parts.reporter.event(Warned(state.step, words))
         return None
+
+    @torch.no_grad()
+    def _reduce(self, loss_sum: Tensor) -> list[float]:
+        """Gradients to their owners; then their norm, the mean loss, and the seconds that each
+        rank was busy in the step before.
+        """
+        parts, world = self._parts, self._parts.world
+        told = torch.zeros(1 + world.size, dtype=torch.float64, device=parts.device)
+        told[0], told[1 + world.rank] = loss_sum, parts.pace.last_s
+        parts.pace.end()
+        world.sum_at_owner_(self._owned(lambda parameter: parameter.grad))
+        world.sum_([told])
+        own = [p for name, p in parts.model.named_parameters() if name in parts.optimizer.own]
+        norm = clip_grad_norm(own, parts.spec.optimizer.grad_clip_norm, world)
+        found: list[float] = torch.cat([norm.double()[None], told]).tolist()  # the step's one sync
+        return found
+
+    def _owned(self, of: Callable[[torch.nn.Parameter], Tensor | None]) -> list[tuple[Tensor, int]]:
+        """Something of each parameter, where it has it, with the parameter's owner."""
+        owner = self._parts.optimizer.owner
+        each = ((of(p), owner[name]) for name, p in self._parts.model.named_parameters())
+        return [(tensor, rank) for tensor, rank in each if tensor is not None]
 
     def _after_step(self) -> None:
         """What is due at this step boundary: evaluation first, for the checkpoint carries it."""

@@ -1,7 +1,8 @@
 """The optimizer: AdamW and Muon over named parameter groups, with rates that can be read back.
 
 Owns optimizer state and its names, and how values in force reach the kernels. Must not know
-schedules (values come in through `apply`), ranks (gradients come in averaged) or storage.
+schedules (values come in through `apply`), collectives (gradients come in averaged) or storage.
+Of several ranks each updates the parameters that it owns and holds their state alone.
 
 Invariant: `read()` returns exactly what the next `step()` uses; a group's lr stays a Python float
 all the way, and kernels get scalars in tensors, so a change of rate never recompiles. State is
@@ -17,8 +18,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from trainer.contract.ownership import owners
 from trainer.contract.scaling import ParamGroup
 from trainer.contract.schedule import GroupValues, InForce
+from trainer.distributed import World
 from trainer.muon import muon_update, rate_factor, second_moment_shape
 
 # Below this a kernel's compilation costs more than it ever saves.
@@ -46,9 +49,10 @@ class GroupSettings(TypedDict):
 
 @dataclass
 class _State:
-    """A group's buffers: one entry a parameter for AdamW, one stack for the whole Muon group."""
+    """What a rank holds of a group: one entry a parameter for AdamW, one stack for all of Muon."""
 
     names: tuple[str, ...]
+    params: list[nn.Parameter]
     first: list[Tensor]
     second: list[Tensor]
     kernel: Any
@@ -70,6 +74,10 @@ class Optimizer:
         groups: every parameter in exactly one group.
         compute_dtype: of Muon's orthogonalisation.
         compile: whether the larger kernels go through torch.compile.
+        world: whose ranks share the parameters out.
+
+    Attributes:
+        owner: the rank that updates each parameter. own: the names of this rank's.
 
     Raises:
         OptimizerStateError: groups and model don't name the same parameters.
@@ -81,6 +89,7 @@ class Optimizer:
         groups: tuple[ParamGroup, ...],
         compute_dtype: torch.dtype,
         compile: bool = False,
+        world: World = World(),  # noqa: B008 - frozen
     ) -> None:
         named = dict(model.named_parameters())
         grouped = [name for group in groups for name in group.parameters]
@@ -89,9 +98,12 @@ class Optimizer:
             raise OptimizerStateError(f"groups and model differ in {wrong}")
         self._compute_dtype = compute_dtype
         self.param_groups = [_settings(group, named) for group in groups]
+        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        self.owner = owners(groups, shapes, world.size)
+        self.own = {name for name, rank in self.owner.items() if rank == world.rank}
         self._states = [
-            _fresh_state(group, settings["params"], compile)
-            for group, settings in zip(groups, self.param_groups, strict=True)
+            _fresh_state(group, {n: named[n] for n in group.parameters if n in self.own}, compile)
+            for group in groups
         ]
 
     def apply(self, values: InForce) -> None:
@@ -121,9 +133,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter from its gradient; every parameter must have one."""
+        """Update every parameter of this rank from its gradient; each must have one."""
         for group, state in zip(self.param_groups, self._states, strict=True):
             state.updates += 1
+            if not state.params:
+                continue
             if group["kind"] == "muon":
                 self._step_muon(group, state)
             else:
@@ -136,13 +150,15 @@ class Optimizer:
                 parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The live state as whole tensors `<parameter>.<key>`: views, so copy before the next step.
+        """What this rank holds, as whole tensors `<parameter>.<key>`: views, so copy before a step.
 
         Keys: exp_avg and exp_avg_sq (parameter's dtype and shape) for AdamW; momentum_buffer (shape
         of the parameter) and second_momentum_buffer ([R, 1] or [1, C]) for Muon.
         """
         tensors: dict[str, Tensor] = {}
         for group, state in zip(self.param_groups, self._states, strict=True):
+            if not state.params:
+                continue
             muon = group["kind"] == "muon"
             first, second = (
                 ("momentum_buffer", "second_momentum_buffer") if muon else ("exp_avg", "exp_avg_sq")
@@ -191,7 +207,7 @@ class Optimizer:
             state.updates = counters[group["name"]]
 
     def _step_muon(self, group: GroupSettings, state: _State) -> None:
-        params = group["params"]
+        params = state.params
         stack_KRC = state.kernel(
             torch.stack([parameter.data for parameter in params]),
             torch.stack([_gradient(parameter) for parameter in params]),
@@ -237,15 +253,24 @@ def adamw_update(
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None = None) -> Tensor:
-    """The global L2 norm of all gradients, an fp32 scalar on their device.
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None = None,
+    world: World = World(),  # noqa: B008 - frozen
+) -> Tensor:
+    """The global L2 norm of all ranks' gradients, an fp32 scalar on their device.
 
     With max_norm, gradients are scaled in place so that their norm is at most that; the norm
-    returned is the one before. It never waits for the device.
+    returned is the one before. It never waits for the device. parameters: what this rank owns;
+    every rank must call it.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if norms else world.zero()
+    if world.size > 1:
+        square = total.square()
+        world.sum_([square])
+        total = square.sqrt()
     if max_norm is not None:
         scale = (max_norm / (total + CLIP_EPS)).clamp(max=1.0)
         for grad in grads:
@@ -264,7 +289,7 @@ def _step_adamw(group: GroupSettings, state: _State) -> None:
         "unbias2_root": state.scalar("unbias2_root", (1.0 - beta2**state.updates) ** -0.5),
         "eps": state.scalar("eps", group["eps"]),
     }
-    moments = zip(group["params"], state.first, state.second, strict=True)
+    moments = zip(state.params, state.first, state.second, strict=True)
     for parameter, exp_avg, exp_avg_sq in moments:
         state.kernel(parameter.data, _gradient(parameter), exp_avg, exp_avg_sq, **scalars)
 
@@ -288,8 +313,9 @@ def _settings(group: ParamGroup, named: Mapping[str, nn.Parameter]) -> GroupSett
     )
 
 
-def _fresh_state(group: ParamGroup, params: list[nn.Parameter], compile: bool) -> _State:
-    """Zero buffers and the kernel of a group."""
+def _fresh_state(group: ParamGroup, own: Mapping[str, nn.Parameter], compile: bool) -> _State:
+    """Zero buffers for the own parameters of a group, and its kernel."""
+    names, params = tuple(own), list(own.values())
     kernel: Any = muon_update if group.kind == "muon" else adamw_update
     if compile and sum(parameter.numel() for parameter in params) >= COMPILE_ELEMENTS:
         # A cache of its own: torch's limit on recompilations counts every model in the process.
@@ -299,7 +325,9 @@ def _fresh_state(group: ParamGroup, params: list[nn.Parameter], compile: bool) -
     if group.kind == "adamw":
         averages = [torch.zeros_like(parameter.data) for parameter in params]
         squares = [torch.zeros_like(parameter.data) for parameter in params]
-        return _State(group.parameters, averages, squares, kernel)
+        return _State(names, params, averages, squares, kernel)
+    if not params:
+        return _State(names, params, [], [], kernel)
     stack = params[0].data.new_zeros((len(params), *group.shape))
     second = params[0].data.new_zeros((len(params), *second_moment_shape(group.shape)))
-    return _State(group.parameters, [stack], [second], kernel)
+    return _State(names, params, [stack], [second], kernel)

@@ -236,6 +236,7 @@ def point_to_proto(point: Point) -> pb.MetricPoint:
         checkpoint_s=point.checkpoint_s,
         groups=[_values(group, values) for group, values in point.groups.items()],
         devices=[pb.DeviceSample(**asdict(sample)) for sample in point.devices],
+        rank_busy_s=point.rank_busy_s if len(point.rank_busy_s) > 1 else (),
     )
     message.time.FromNanoseconds(time.time_ns())
     return message

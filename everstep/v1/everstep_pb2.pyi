@@ -394,7 +394,7 @@ class GroupValues(_message.Message):
     def __init__(self, group: _Optional[str] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class MetricPoint(_message.Message):
-    __slots__ = ("step", "loss", "loss_smoothed", "gradient_norm", "step_s", "data_wait_s", "tokens", "tokens_per_s", "mfu_ratio", "groups", "time", "devices", "checkpoint_s")
+    __slots__ = ("step", "loss", "loss_smoothed", "gradient_norm", "step_s", "data_wait_s", "tokens", "tokens_per_s", "mfu_ratio", "groups", "time", "devices", "checkpoint_s", "rank_busy_s")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SMOOTHED_FIELD_NUMBER: _ClassVar[int]
@@ -408,6 +408,7 @@ class MetricPoint(_message.Message):
     TIME_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_S_FIELD_NUMBER: _ClassVar[int]
+    RANK_BUSY_S_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     loss_smoothed: float
@@ -421,7 +422,8 @@ class MetricPoint(_message.Message):
     time: _timestamp_pb2.Timestamp
     devices: _containers.RepeatedCompositeFieldContainer[DeviceSample]
     checkpoint_s: float
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., loss_smoothed: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mfu_ratio: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceSample, _Mapping]]] = ..., checkpoint_s: _Optional[float] = ...) -> None: ...
+    rank_busy_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., loss_smoothed: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mfu_ratio: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceSample, _Mapping]]] = ..., checkpoint_s: _Optional[float] = ..., rank_busy_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class DeviceSample(_message.Message):
     __slots__ = ("index", "name", "memory_used_bytes", "memory_total_bytes", "utilization_ratio", "power_watts", "temperature_celsius", "energy_joules", "throttled")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trainer.distributed import World
 from trainer.storage.layout import part_name
 from trainer.storage.manifest import CheckpointRef, Manifest, Part
 from trainer.storage.repository import CheckpointRepository
@@ -17,6 +18,9 @@ MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 class StillOptimizer:
     """What a snapshot asks of an optimizer, without any state."""
+
+    def __init__(self, world: World) -> None:
+        self.owner = {"a": world.size - 1, "b": 0}
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {}

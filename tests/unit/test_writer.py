@@ -63,7 +63,7 @@ class Bench:
             self.repository,
             Provenance(1, "0" * 64, None, {"data": "d"}, {"torch": "t"}),
             Retention(keep_last, 0, False),
-            Snapshots(self.model, StillOptimizer(), world or World()),
+            Snapshots(self.model, StillOptimizer(world or World()), world or World()),
             Spool(self.scratch, "JOB"),
             self.reporter,
             world or World(),

@@ -1,10 +1,8 @@
-"""How state is divided over ranks and files, and the bytes of a file. Pure but for `write_part`.
+"""How a rank's state is divided over files, and the bytes of a file. Pure but for `write_part`.
 
-Whole tensors only, so nothing in a checkpoint says how many ranks wrote it. Knows no jobs and no
-store.
+Knows no jobs and no store; who owns a parameter is for trainer/contract/ownership.py to say.
 
-Invariant: every rank works out the same division from the same sizes; each tensor has one owner,
-and a file's bytes are a function of its tensors alone. Format: safetensors.
+Invariant: a file's bytes are a function of its tensors alone. Format: safetensors.
 """
 
 from __future__ import annotations
@@ -34,24 +32,6 @@ def parameter_of(name: str) -> str:
     if name.startswith(OPTIMIZER):
         return name.removeprefix(OPTIMIZER).rpartition(".")[0]
     return name.removeprefix(MODEL)
-
-
-def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """The rank that writes each tensor, given the bytes of all.
-
-    A parameter and its optimizer state stay together; the largest go first, each to the rank that
-    has least.
-    """
-    weight: dict[str, int] = {}
-    for name, size in sizes.items():
-        weight[parameter_of(name)] = weight.get(parameter_of(name), 0) + size
-    load = [0] * ranks
-    owner: dict[str, int] = {}
-    for parameter in sorted(weight, key=lambda each: (-weight[each], each)):
-        rank = load.index(min(load))
-        load[rank] += weight[parameter]
-        owner[parameter] = rank
-    return {name: owner[parameter_of(name)] for name in sizes}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.shares import lay_out, owners
+from trainer.checkpoint.shares import lay_out, parameter_of
 from trainer.checkpoint.train_state import TrainState, live_tensors
 from trainer.distributed import World
 from trainer.optim import Optimizer
@@ -40,8 +40,8 @@ class Snapshots:
         self._model = model
         self._optimizer = optimizer
         live = live_tensors(model, optimizer)
-        owner = owners({name: tensor.nbytes for name, tensor in live.items()}, world.size)
-        self.parts = lay_out({n: t for n, t in live.items() if owner[n] == world.rank}, world.rank)
+        own = {n: t for n, t in live.items() if optimizer.owner[parameter_of(n)] == world.rank}
+        self.parts = lay_out(own, world.rank)
         self._pinned = any(tensor.is_cuda for tensor in live.values())
         self._lock = threading.Lock()
         self._free = [self._buffer()]

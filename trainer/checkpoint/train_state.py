@@ -71,7 +71,7 @@ class TrainState:
 
 
 def live_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the state by its name, as it is: not copies."""
+    """Every tensor of the state that this rank holds by its name, as it is: not copies."""
     found = {f"{MODEL}{name}": tensor.data for name, tensor in model.named_parameters()}
     found.update({f"{OPTIMIZER}{name}": t for name, t in optimizer.state_tensors().items()})
     return found
@@ -86,7 +86,8 @@ def restore(
         StateMisfitError: a tensor is missing, unknown or of another shape. Nothing that was
             loaded counts then.
     """
-    _fill(live_tensors(model, optimizer), files)
+    others = tuple(f"{OPTIMIZER}{name}." for name in optimizer.owner if name not in optimizer.own)
+    _fill(live_tensors(model, optimizer), files, passing_over=others)
     optimizer.load_counters(state.counters)
 
 

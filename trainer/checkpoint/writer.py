@@ -11,6 +11,8 @@ a stale writer is told by `stale`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -40,6 +42,7 @@ T = TypeVar("T")
 ORPHAN_GRACE_S = 24 * 3600.0  # far longer than any upload
 SHARE_POLL_S = 0.25  # while another rank still uploads
 NOTHING = -1  # a step before all steps
+NICE = 10  # of the writer's threads: where cores are short, training has them first
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ class CheckpointWriter:
 
     def _write_all(self) -> None:
         """From memory to disk, in order; while the disk takes nothing, the newest is enough."""
+        _stand_back()
         while self._await(lambda: bool(self._fresh)):
             order = self._fresh[0]
             step = order.snapshot.step
@@ -183,6 +187,7 @@ class CheckpointWriter:
 
     def _store_all(self) -> None:
         """From disk to the store, what is wanted, in order."""
+        _stand_back()
         while self._await(lambda: bool(self._wanted) and self._wanted[0] in self._local):
             step = self._wanted[0]
             order, share = self._local[step]
@@ -297,3 +302,9 @@ class CheckpointWriter:
     def _ref(self, step: int) -> CheckpointRef:
         job_id, attempt = self._repository.job_id, self._provenance.attempt
         return CheckpointRef(job_id=job_id, step=step, attempt=attempt)
+
+
+def _stand_back() -> None:
+    """Give this thread, and those that it starts, less of the CPU than the loop's have."""
+    with contextlib.suppress(OSError):  # a thread has a priority of its own on Linux alone
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

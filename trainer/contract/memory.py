@@ -10,9 +10,12 @@ Invariant: linear in rows but for the loss, whose chunks are bounded; never belo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from trainer.contract.devices import Device
+from trainer.contract.ownership import owners
+from trainer.contract.scaling import param_groups
 from trainer.contract.shape import ModelShape
 from trainer.contract.spec import Compile, Compute, Embeddings, JobSpec
 
@@ -101,7 +104,7 @@ def estimate_memory(
             if most % each == 0 and sum(_parts(spec, shape, each, compiled).values()) <= limit
         )
         largest = next(fitting, 0)
-    snapshot = SNAPSHOTS * state_bytes(spec, shape)
+    snapshot = SNAPSHOTS * max(map(sum, _shares(spec, shape)))
     return MemoryEstimate(_parts(spec, shape, rows, compiled), limit, largest, snapshot)
 
 
@@ -140,10 +143,7 @@ def fitted(spec: JobSpec, world_size: int, too_large: int | None) -> JobSpec:
 
 def state_bytes(spec: JobSpec, shape: ModelShape) -> int:
     """A checkpoint: weights, AdamW's two moments, Muon's momentum and row moments."""
-    weights = weight_bytes(spec, shape)
-    matrices = shape.parameter_counts().matrices * FP32_BYTES
-    moments = sum(max(size) for _, size in _matrices(shape)) * FP32_BYTES
-    return 3 * weights - matrices + moments
+    return sum(sum(_bytes_of(spec, *each)) for each in shape.named_shapes().items())
 
 
 def weight_bytes(spec: JobSpec, shape: ModelShape) -> int:
@@ -167,7 +167,7 @@ def _parts(spec: JobSpec, shape: ModelShape, rows: int, compiled: bool) -> dict[
     found = {
         "weights": weights,
         "gradients": weights,
-        "optimizer": state_bytes(spec, shape) - weights,
+        "optimizer": max(moments for _, moments in _shares(spec, shape)),
     }
     activations, loss = _forward(shape, rows * shape.sequence_len, kept, low, gpu)
     update = _update(shape, kept)
@@ -200,6 +200,26 @@ def _update(shape: ModelShape, kept: Kept) -> int:
         stacks[matrix] = stacks.get(matrix, 0) + matrix[0] * matrix[1]
     table = shape.padded_vocab_size * shape.n_embd
     return int(FP32_BYTES * max(kept.update * max(stacks.values()), kept.table * table))
+
+
+def _shares(spec: JobSpec, shape: ModelShape) -> list[tuple[int, int]]:
+    """Bytes of the weights that each worker owns and of their moments, on the fewest workers."""
+    shapes = shape.named_shapes()
+    held = [(0, 0)] * spec.resources.workers.min
+    for name, rank in owners(param_groups(spec, shape), shapes, len(held)).items():
+        weight, moments = _bytes_of(spec, name, shapes[name])
+        held[rank] = (held[rank][0] + weight, held[rank][1] + moments)
+    return held
+
+
+def _bytes_of(spec: JobSpec, name: str, size: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes of a parameter, and of its moments."""
+    count = math.prod(size)
+    if name.startswith("transformer.h."):
+        return FP32_BYTES * count, FP32_BYTES * (count + max(size))
+    table = name.startswith(("transformer.wte.", "value_embeds."))
+    weight = count * (_table_bytes(spec) if table else FP32_BYTES)
+    return weight, 2 * weight
 
 
 def _matrices(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
