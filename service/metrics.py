@@ -64,6 +64,12 @@ class Metrics:
             buckets=STEP_BUCKETS_S,
             registry=registry,
         )
+        self.rank_busy = gauge(
+            "rank_busy_seconds",
+            "A rank's own work on a step, waits for other ranks left out; several workers only.",
+            (*JOB, "rank"),
+        )
+        self._ranks: dict[str, int] = {}  # job id -> how many series of rank_busy it has
         self.checkpoint_committed = gauge(
             "checkpoint_last_committed_timestamp_seconds",
             "When the newest checkpoint was committed.",
@@ -133,6 +139,11 @@ class Metrics:
             self.learning_rate.labels(**group).set(values.learning_rate)
             self.momentum.labels(**group).set(values.momentum)
             self.weight_decay.labels(**group).set(values.weight_decay)
+        if self._ranks.get(labels["job_id"]) != len(point.rank_busy_s):  # it was resized
+            self.rank_busy.remove_by_labels({"job_id": labels["job_id"]})
+            self._ranks[labels["job_id"]] = len(point.rank_busy_s)
+        for rank, busy_s in enumerate(point.rank_busy_s):
+            self.rank_busy.labels(**labels, rank=str(rank)).set(busy_s)
         for sample in point.devices:
             self._show_gpu({**labels, "gpu": str(sample.index)}, sample)
 
@@ -197,6 +208,7 @@ class Metrics:
         for metric in self._of_jobs:
             metric.remove_by_labels({"job_id": job_id})
         self._accounts.shown.pop(job_id, None)
+        self._ranks.pop(job_id, None)
 
 
 class _JobStates(Collector):

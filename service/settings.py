@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     suspend_on_stop: bool = Field(
         False, description="checkpoint what runs before stopping: Ray goes down with the service"
     )
+    stall_floor_s: float = Field(
+        300.0, gt=0, description="a step is never late before; then at 20 times the median step"
+    )
 
     ray_cpus: int | None = Field(None, ge=1, description="CPUs of the embedded Ray; default: all")
     ray_gpus: int | None = Field(

@@ -20,6 +20,7 @@ from typing import Any
 from trainer.contract.outcome import AttemptResult, Outcome, Policy, pause_before_restart
 
 ABORT_TIMEOUT_S = 4.0
+COLLECTIVE_TIMEOUT_S = 900  # ranks may wait for one another's data, compilation or last save
 WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be about to end
 # Read when a worker loads torch. Threads that wait must not spin: beside other work on the same
 # cores a step takes three to five times as long otherwise (docs/log.md).
@@ -49,6 +50,7 @@ class HostConfig:
     num_workers: int
     gpus_per_worker: int
     cpus_per_worker: int
+    stall_floor_s: float
     earlier_ends: tuple[float, ...] = ()
 
 
@@ -93,9 +95,13 @@ class AttemptHost:
             self._claimed = number
 
     def attempt_ended(self, result: dict[str, Any]) -> None:
-        """A worker says how the attempt ended. The first word counts: others follow from it."""
+        """A worker says how the attempt ended. The first word counts: others follow from it.
+
+        But a collective that failed has its cause at another rank, which may say so later.
+        """
         with self._lock:
-            if self._reported is None:
+            said = self._reported
+            if said is None or said.outcome is Outcome.COLLECTIVE_FAILED:
                 self._reported = AttemptResult.from_dict(result)
 
     def stack(self, rank: int, text: str) -> dict[int, str]:
@@ -215,7 +221,9 @@ def _trainer(config: HostConfig, notes: str) -> Any:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
         # Logical GPUs on a box without any train on the CPU; gloo works in both.
-        torch_config=TorchConfig(backend="nccl" if _has_cuda(use_gpu) else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if _has_cuda(use_gpu) else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+        ),
     )
 
 
@@ -278,6 +286,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
             service_address=config.service_address,
             service_ca=config.service_ca,
             threads=config.cpus_per_worker,
+            stall_floor_s=config.stall_floor_s,
             on_claim=lambda number: ray.get(host.attempt_claimed.remote(number)),
             stacks=lambda rank, text: ray.get(
                 host.stack.remote(rank, text), timeout=WORD_TIMEOUT_S

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from everstep import Client
 from everstep.v1 import everstep_pb2 as pb
-from tests.stack import SMALL_JOB, Stack, running_stack, wait_for_state, wait_until
+from tests.stack import (
+    SMALL_JOB,
+    Stack,
+    is_alive,
+    running_stack,
+    wait_for_checkpoint,
+    wait_for_state,
+    wait_until,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
+STALL_FLOOR_S = 8.0
 
 
 @pytest.fixture(scope="module")
 def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack whose Ray has two GPUs that this box doesn't have."""
-    with running_stack(tmp_path_factory.mktemp("gpus"), ray_gpus=2) as stack:
+    state = tmp_path_factory.mktemp("gpus")
+    with running_stack(state, ray_gpus=2, stall_floor_s=STALL_FLOOR_S) as stack:
         yield stack
 
 
@@ -111,6 +123,28 @@ def test_two_workers_train_what_one_does(gpus: Stack) -> None:
         continued = client.submit(changes, inherit=True).job
         done = wait_for_state(client, continued.id, pb.JOB_STATE_SUCCEEDED)
         assert done.attempts[0].start_step == STEPS
+
+
+def test_a_rank_that_stands_still_is_told_and_the_job_goes_on(gpus: Stack) -> None:
+    """A stopped rank 1 keeps rank 0 in a sum: rank 0's watchdog says where, and a restart heals."""
+    endless = {**spec(2), "schedule": {"num_iterations": 1_000_000}}
+    with gpus.client() as client:
+        job = client.submit(endless).job
+        reached = wait_for_checkpoint(client, job.id, 20)
+        said = (r.line for r in client.logs(job.id, attempt=1, rank=1, follow=True))
+        pid = next(line for line in said if "rank 1 of 2" in line).rpartition("process ")[2]
+        last = psutil.Process(int(pid))
+        last.send_signal(signal.SIGSTOP)
+        wait_until(lambda: len(client.get(job.id).attempts) == 2, 120, "another attempt")
+        newest, stalled = client.get(job.id).attempts
+        assert stalled.outcome == "STALLED"
+        assert newest.start_step >= reached.checkpoint.step
+        wait_for_checkpoint(client, job.id, newest.start_step + 20)
+        client.cancel(job.id)
+        messages = [r.event.message for r in client.watch(job.id) if r.HasField("event")]
+    (where,) = [message for message in messages if "rank 0 is at" in message]
+    assert "sum_at_owner_" in where
+    assert not is_alive(last)
 
 
 def test_more_workers_than_gpus_are_refused(gpus: Stack) -> None:

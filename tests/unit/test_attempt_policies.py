@@ -16,6 +16,7 @@ from trainer.attempt import AttemptContext, run_attempt
 from trainer.contract.outcome import EXIT_CODES, AttemptResult, Outcome
 from trainer.distributed import World
 from trainer.events import Point, Warned
+from trainer.failures import outcome_of
 from trainer.watchdog import LEARN_STEPS, SURE_FACTOR, Stall, Watchdog
 
 HORIZON = 12
@@ -208,4 +209,4 @@ def test_compiling_waiting_and_saving_are_never_taken_for_a_standstill() -> None
     ],
 )
 def test_errors_are_named_by_what_they_mean(error: Exception, outcome: Outcome) -> None:
-    assert attempt.outcome_of(error) is outcome
+    assert outcome_of(error) is outcome

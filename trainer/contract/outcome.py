@@ -25,6 +25,7 @@ class Outcome(StrEnum):
     WORKER_LOST = "WORKER_LOST"  # a worker died without a word
     CONTROLLER_LOST = "CONTROLLER_LOST"  # Ray's controller of the run died
     HOST_LOST = "HOST_LOST"  # the host of the attempt is gone, or the whole cluster was
+    COLLECTIVE_FAILED = "COLLECTIVE_FAILED"  # NCCL or gloo: a rank or the network between is gone
     START_TIMEOUT = "START_TIMEOUT"  # the workers did not get their resources in time
     STALE_WRITER = "STALE_WRITER"  # a newer attempt holds the claim
     STORE_UNAVAILABLE = "STORE_UNAVAILABLE"  # storage could not be reached at the start
@@ -53,6 +54,7 @@ POLICIES: dict[Outcome, Policy] = {
     Outcome.WORKER_LOST: Policy.RESTART,
     Outcome.CONTROLLER_LOST: Policy.RESTART,
     Outcome.HOST_LOST: Policy.RESTART,
+    Outcome.COLLECTIVE_FAILED: Policy.RESTART,
     Outcome.START_TIMEOUT: Policy.RESTART,
     Outcome.STALE_WRITER: Policy.RESTART,
     Outcome.STORE_UNAVAILABLE: Policy.RESTART,
