@@ -14,7 +14,6 @@ from service.ledger import Ledger
 from service.store.database import Database
 from service.store.record_store import NewRecord, append_records
 from service.store.schema import attempts, jobs, progress
-from trainer.contract.spec import JobSpec
 from trainer.contract.states import FINAL, JobState
 from trainer.storage.manifest import CheckpointRef
 
@@ -113,8 +112,8 @@ class JobStore:
             return [
                 Account(
                     job_id,
-                    spec["name"],
-                    spec["batch"]["total_batch_size"],
+                    spec.name,
+                    spec.batch.total_batch_size,
                     JobState(state) in FINAL,
                     Ledger.from_dict(kept),
                 )
@@ -185,7 +184,7 @@ def _job_columns(job: Job) -> dict[str, Any]:
         "id": job.id,
         "request_id": job.request_id,
         "request_sha256": job.request_sha256,
-        "spec": job.spec.to_dict(),
+        "spec": job.spec,
         "start": _ref_columns(job.start),
         "state": job.state.value,
         "desired": job.desired.value,
@@ -201,7 +200,7 @@ def _job(row: sa.Row[Any]) -> Job:
     columns = row._mapping
     return Job(
         id=columns[jobs.c.id],
-        spec=JobSpec.parse(columns[jobs.c.spec]),
+        spec=columns[jobs.c.spec],
         start=_ref(columns[jobs.c.start]),
         request_id=columns[jobs.c.request_id],
         request_sha256=columns[jobs.c.request_sha256],

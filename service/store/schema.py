@@ -2,7 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import sqlalchemy as sa
+
+from trainer.contract.spec import JobSpec
+
+REMEMBERED_SPECS = 1024  # some 5 KB each
+
+
+class SpecColumn(sa.types.TypeDecorator[JobSpec]):
+    """A job's spec as JSON. Checking one takes longer than reading its row: each text once."""
+
+    impl = sa.JSON
+    cache_ok = True
+
+    def process_bind_param(self, value: JobSpec | None, dialect: sa.Dialect) -> Any:
+        """See TypeDecorator."""
+        return value.to_dict() if value is not None else None
+
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Callable[[Any], JobSpec]:
+        """See TypeDecorator; the text comes as SQLite keeps it."""
+        return _parsed
+
+
+@lru_cache(REMEMBERED_SPECS)
+def _parsed(text: str) -> JobSpec:
+    return JobSpec.parse(json.loads(text))
+
 
 metadata = sa.MetaData()
 
@@ -13,7 +43,7 @@ jobs = sa.Table(
     sa.Column("id", sa.String(26), nullable=False, unique=True),
     sa.Column("request_id", sa.String(128), nullable=False, unique=True),
     sa.Column("request_sha256", sa.String(64), nullable=False),
-    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("spec", SpecColumn, nullable=False),
     sa.Column("start", sa.JSON, nullable=True),
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("desired", sa.String(16), nullable=False),

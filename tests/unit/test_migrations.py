@@ -10,6 +10,7 @@ from alembic.script import ScriptDirectory
 
 from service.store import schema
 from service.store.database import MIGRATIONS, migrate
+from trainer.contract.spec import JobSpec
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_what_a_comparison_of_tables_does_not_see_is_the_same_too(
 
 def test_migrating_twice_is_safe_and_keeps_the_rows(engine: sa.Engine, tmp_path: Path) -> None:
     before = structure(engine)
-    row = dict.fromkeys(schema.jobs.c.keys(), 0) | {"spec": {}, "start": None, "id": "J"}
+    row = dict.fromkeys(schema.jobs.c.keys(), 0) | {"spec": JobSpec(), "start": None, "id": "J"}
     with engine.begin() as connection:
         connection.execute(sa.insert(schema.jobs).values(row))
     migrate(tmp_path / "fresh.db")
@@ -65,7 +66,7 @@ def test_every_earlier_schema_is_brought_forward_with_its_rows(tmp_path: Path) -
         path = tmp_path / f"{revision}.db"
         migrate(path, revision)
         engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
-        row = dict.fromkeys(schema.jobs.c.keys(), 0) | {"spec": {}, "start": None, "id": "J"}
+        row = dict.fromkeys(schema.jobs.c.keys(), 0) | {"spec": JobSpec(), "start": None, "id": "J"}
         with engine.begin() as connection:
             connection.execute(sa.insert(schema.jobs).values(row))
         migrate(path)
