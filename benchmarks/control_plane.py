@@ -27,7 +27,7 @@ from everstep.specs import spec_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
 from service.jobs import Job
-from service.placement import Capacity
+from service.placement import Node
 from service.scheduler import decide
 from service.store.job_store import _job_columns
 from service.store.schema import jobs, progress
@@ -215,7 +215,7 @@ def decisions(count: int) -> None:
     times = []
     for _ in range(30):
         began = time.perf_counter()
-        decide(queued, [], Capacity(0, 64))
+        decide(queued, [], [Node("node", "127.0.0.1", gpus=0, cpus=64)])
         times.append(time.perf_counter() - began)
     show(f"a decision over {count} queued", summary(times))
 

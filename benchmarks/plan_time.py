@@ -67,7 +67,7 @@ def main() -> None:
 def compare(what: str, step_s: dict[str, float], sizes: dict[str, dict[str, Any]]) -> None:
     """Print what the plan says of each size from the first one's seconds a step."""
     first = next(iter(sizes))
-    known = Measured(first, step_s[first], work_of(*planned(sizes[first])))
+    known = Measured(first, step_s[first], work_of(*planned(sizes[first]), 1))
     for name in OTHERS:
         estimate = estimate_time(*planned(sizes[name]), None, [known])
         assert estimate is not None

@@ -64,6 +64,10 @@ def plan_to_proto(
         start_name=plan.fork.name if plan.fork else "",
         lineage=ancestors,
         ways_out=plan.ways_out,
+        workers=[
+            pb.WorkersOption(workers=n, grad_accum_steps=plan.spec.grad_accum_steps(n))
+            for n in plan.spec.possible_workers
+        ],
     )
 
 

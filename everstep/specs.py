@@ -26,6 +26,7 @@ ENUM_FIELDS = {
     ("precision", "compute"): "COMPUTE",
     ("precision", "embeddings"): "EMBEDDINGS",
     ("compile",): "COMPILE",
+    ("resources", "workers", "policy"): "SIZING",
 }
 
 
@@ -50,7 +51,7 @@ def dict_to_proto(data: dict[str, Any]) -> pb.JobSpec:
 
 def _with_wire_enums(data: dict[str, Any]) -> dict[str, Any]:
     """The same with enums spelled as on the wire; data is not altered."""
-    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    plain = _copied(data)
     for path, prefix in ENUM_FIELDS.items():
         holder: Any = plain
         for key in path[:-1]:
@@ -66,11 +67,18 @@ def _with_wire_enums(data: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, section by section, to change."""
+    return {k: _copied(v) if isinstance(v, dict) else v for k, v in data.items()}
+
+
 def spec_dict_from_proto(message: pb.JobSpec) -> dict[str, Any]:
     """What a message sets, as plain values for `JobSpec.parse`; what it doesn't set is absent."""
     plain: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     for path, prefix in ENUM_FIELDS.items():
-        holder = plain.get(path[0], {}) if len(path) > 1 else plain
+        holder = plain
+        for key in path[:-1]:
+            holder = holder.get(key, {})
         if holder.get(path[-1]) == f"{prefix}_UNSPECIFIED":
             del holder[path[-1]]
     return plain

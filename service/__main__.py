@@ -200,7 +200,7 @@ async def _compose(
             "service_ca": served_with.authority.read_text() if served_with else None,
             "host_key": host_key(secret, job.id, job.host_number),
             "stall_floor_s": settings.stall_floor_s,
-            "num_workers": resources.workers.min,
+            "placement": job.placement,
             "gpus_per_worker": resources.gpus_per_worker,
             "cpus_per_worker": resources.cpus_per_worker,
         }

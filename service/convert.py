@@ -112,6 +112,7 @@ def job_to_proto(view: JobView) -> pb.Job:
         attempts=[attempt_to_proto(attempt) for attempt in view.attempts],
         checkpoint=ref_to_proto(progress.checkpoint),
         validation_bpb=progress.validation_bpb,
+        workers=job.workers,
     )
     if progress.latest_point is not None:
         message.latest.ParseFromString(progress.latest_point)

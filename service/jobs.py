@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from service.ledger import Ledger
+from service.placement import Placement
 from trainer.contract.spec import JobSpec
 from trainer.contract.states import ACTIVE, FINAL, JobState, may_follow
 from trainer.storage.manifest import CheckpointRef
@@ -43,6 +44,9 @@ class Job:
     started_at: float | None = None
     ended_at: float | None = None
     host_number: int = 0  # counts the hosts started for this job; fences them
+    workers: int = 0  # in force, or the last number; 0: none was chosen yet
+    placement: Placement = ()  # the node of each worker; empty where it holds none
+    resized_at: float | None = None  # when that number changed last, while it ran
     submission: int = 0  # order of submission, given by the store
     version: int = 0  # compare-and-set
 
@@ -67,6 +71,9 @@ class Job:
         return replace(
             self,
             state=to,
+            placement=self.placement if to in ACTIVE else (),
+            # Set aside by its user, it starts with what is free when it comes back.
+            workers=0 if self.state is JobState.PAUSED else self.workers,
             reason=reason,
             started_at=now
             if to is JobState.RUNNING and self.started_at is None

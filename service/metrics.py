@@ -54,6 +54,7 @@ class Metrics:
         self.momentum = gauge("momentum", "Momentum in force, by group.", by_group)
         self.weight_decay = gauge("weight_decay", "Decay in force, by group.", by_group)
         self.gradient_norm = gauge("gradient_norm", "Whole gradient's norm before clipping.")
+        self.workers = gauge("job_workers", "Workers in force; 0 while it holds none.")
         self.step = gauge("step", "Optimizer steps behind the weights.")
         self.tokens_per_second = gauge("tokens_per_second", "Throughput of the last step.")
         self.mfu = gauge("mfu_ratio", "Share of the device's peak, where it is known.")
@@ -176,10 +177,16 @@ class Metrics:
         if view.progress.latest_point is not None:
             self._show_point(labels, pb.MetricPoint.FromString(view.progress.latest_point))
         self.step.labels(**labels).set(view.progress.step)
+        self.observe_workers(view.job)
         if view.progress.checkpoint_at is not None:
             self.checkpoint_committed.labels(**labels).set(view.progress.checkpoint_at)
         if view.progress.validation_bpb is not None:
             self.validation_bpb.labels(**labels).set(view.progress.validation_bpb)
+
+    def observe_workers(self, job: Job) -> None:
+        """How many workers a job holds."""
+        labels = {"job_id": job.id, "job_name": job.spec.name}
+        self.workers.labels(**labels).set(len(job.placement))
 
     def observe_running(self, job: Job) -> None:
         """A job trains for the first time."""

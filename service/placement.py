@@ -93,6 +93,11 @@ class Room:
         return made
 
     @property
+    def nodes(self) -> set[str]:
+        """The usable ones, by id."""
+        return set(self._free)
+
+    @property
     def free(self) -> Capacity:
         """What all nodes have left together; never negative."""
         left = self._free.values()
@@ -115,6 +120,11 @@ class Room:
         order = sorted((node for node, n in slots.items() if n >= number), key=spare)[:1]
         order = order or sorted(slots, key=lambda node: -slots[node])
         return tuple(node for node in order for _ in range(slots[node]))[:number]
+
+    def has(self, worker: Capacity, placement: Placement) -> bool:
+        """Whether workers fit just there."""
+        nodes = [self._free.get(node, Capacity(0, 0)).slots(worker) for node in placement]
+        return all(n >= placement.count(node) for node, n in zip(placement, nodes, strict=True))
 
     def take(self, worker: Capacity, placement: Iterable[str]) -> None:
         """Workers are there from now on."""

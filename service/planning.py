@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from everstep.specs import merged
 from everstep.v1 import everstep_pb2 as pb
 from service.jobs import JobView
 from service.lineage import Ancestor, lineage, nanochat_ancestor
-from service.placement import Node, whole
-from service.scheduler import needs
+from service.placement import Node
+from service.scheduler import shortfall
 from service.storage import Storage
 from service.store import JobStore, RecordStore
 from trainer.contract.devices import find_device
@@ -181,19 +181,13 @@ class Planner:
         nodes = self._nodes()
         if nodes is None or spec.resources.wait_for_nodes:
             return []
-        total = whole(nodes)
-        need = needs(spec.resources)
-        workers = f"workers.min {spec.resources.workers.min}"
-        found = []
-        if need.gpus > total.gpus:
-            reason = f"with {workers} needs {need.gpus} GPU, the cluster has {total.gpus}"
-            value = spec.resources.gpus_per_worker
-            found.append(Violation("resources.gpus_per_worker", value, reason))
-        if need.cpus > total.cpus:
-            reason = f"with {workers} needs {need.cpus} CPU, the cluster has {total.cpus}"
-            value = spec.resources.cpus_per_worker
-            found.append(Violation("resources.cpus_per_worker", value, reason))
-        return found
+        # A node that is drained may come back: then the job waits for it.
+        there = [replace(node, draining=False) for node in nodes]
+        lacks = shortfall(spec.resources, spec.possible_workers[0], there)
+        return [
+            Violation(f"resources.{field}", getattr(spec.resources, field), reason)
+            for field, reason in lacks.items()
+        ]
 
     async def _surroundings(self, spec: JobSpec, device: str) -> Surroundings:
         """The device asked for, else the one that the newest job of this kind ran on."""
@@ -217,9 +211,15 @@ class Planner:
         points = [pb.WatchJobResponse.FromString(record.body).point for record in records]
         if not points or document.binding is None:
             return None
-        step_s = statistics.median(point.step_s - point.data_wait_s for point in points)
+        # Of the newest attempt alone: those before may have had another number of workers.
+        lately = [
+            point
+            for point, record in zip(points, records, strict=True)
+            if record.attempt == records[-1].attempt
+        ]
+        step_s = statistics.median(point.step_s - point.data_wait_s for point in lately)
         shape = ModelShape.of(job.spec.model, document.binding.tokenizer.vocab_size)
-        return Measured(f"job {job.id}", step_s, work_of(job.spec, shape))
+        return Measured(f"job {job.id}", step_s, work_of(job.spec, shape, max(job.workers, 1)))
 
     async def _ancestors(self, start: CheckpointRef | None) -> list[Ancestor]:
         if start is None:

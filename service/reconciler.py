@@ -1,8 +1,9 @@
 """Moves what is towards what is wanted: the one reviver of hosts, the one starter of jobs.
 
 Each tick reads the jobs that are not final and the hosts that Ray knows, and takes at most one step
-with each job. Nothing is remembered between ticks but when a stop was asked for, so the service may
-die at any line: the next tick of the next service goes on.
+with each job. Nothing is remembered between ticks but stops: when one was asked for, and where the
+job goes on then. So the service may die at any line: the next tick of the next service goes on; a
+job that it had stopped for another number of workers is queued, and starts where there is room.
 
 Invariant: a job has at most one host that counts, the one with its host_number; any other is
 killed. A host is given up for dead on two signs only: the cluster answers and doesn't know it, and
@@ -23,9 +24,9 @@ from service import events
 from service.errors import ClusterAwayError
 from service.jobs import Desired, Job
 from service.metrics import Metrics
-from service.placement import Node, whole
+from service.placement import Node, Placement
 from service.ray_cluster import HostStatus, RayCluster
-from service.scheduler import decide
+from service.scheduler import Move, decide, settle
 from service.store import JobStore
 from trainer.contract.outcome import (
     RESTART_WINDOW_S,
@@ -73,7 +74,7 @@ class Reconciler:
         self._stop_asked: dict[str, float] = {}  # job id -> monotonic time
         self._hosts_lost: dict[str, tuple[int, float]] = {}  # job id -> how many, when the last
         self._heard: dict[str, float] = {}  # job id -> when its attempt reported last, monotonic
-        self._making_way: dict[str, str] = {}  # job id -> the job that it was stopped for
+        self._stopping: dict[str, Move] = {}  # job id -> where it goes on once it has stopped
         self._suspending = False
         self.nodes: tuple[Node, ...] | None = None
 
@@ -88,7 +89,7 @@ class Reconciler:
 
     def _stops(self, job: Job) -> bool:
         """Whether its attempt should end, whatever becomes of the job then."""
-        return self._suspending or job.desired is not Desired.RUNNING or job.id in self._making_way
+        return self._suspending or job.desired is not Desired.RUNNING or job.id in self._stopping
 
     async def run(self) -> None:
         """Tick for ever."""
@@ -150,6 +151,11 @@ class Reconciler:
                 await self._move(job, JobState.QUEUED, "resumed; waits to be scheduled")
 
     async def _settle_active(self, job: Job, host: HostStatus | None) -> None:
+        if host is not None and not host.finished and self._lost_a_node(job):
+            if host.answered:
+                await self._note_ends(job, [AttemptResult.from_dict(each) for each in host.results])
+            await self._cluster.kill_host(job.id, job.host_number)  # it would wait there for ever
+            host = None
         if host is None:
             await self._without_host(job)
             return
@@ -174,19 +180,27 @@ class Reconciler:
 
     async def _without_host(self, job: Job) -> None:
         """The cluster answers and doesn't know the host: it died, or was never started."""
-        if time.monotonic() - self._heard.get(job.id, -HEARD_S) < HEARD_S:
+        if self._heard_lately(job):
             return  # its workers live, whatever the cluster says
         await self._end_lost_attempts(job)
         ends = await self._counted_ends(job)
         pause_s = pause_before_restart(ends)
         if self._stops(job):
             reason = "stopped when its host was already gone; the last committed checkpoint stands"
-            await self._move(job, STOPPED_AS[job.desired], reason)
+            await self._set_aside(job, reason)
         elif pause_s is None:
             reason = f"restart budget spent; {Outcome.HOST_LOST}: its host is gone"
             await self._move(job, JobState.FAILED, reason)
         elif time.time() >= max(ends, default=0.0) + pause_s and self._may_start_again(job):
-            await self._start(job, "its host is gone; another one starts")
+            await self._go_on(job, job.placement, "its host is gone; another one starts")
+
+    def _heard_lately(self, job: Job) -> bool:
+        return time.monotonic() - self._heard.get(job.id, -HEARD_S) < HEARD_S
+
+    def _lost_a_node(self, job: Job) -> bool:
+        """Whether a worker's node is gone, and no worker reports any more."""
+        alive = {node.id for node in self.nodes or () if node.alive}
+        return not set(job.placement) <= alive and not self._heard_lately(job)
 
     def _may_start_again(self, job: Job) -> bool:
         """Whether the pause since the last lost host is over; a job that trained starts anew."""
@@ -225,13 +239,15 @@ class Reconciler:
         last = results[-1]
         # With restarts left, a host ends only because it was told to start no other attempt.
         told = last.policy is Policy.RESTART and (not budget_spent or self._stops(job))
-        to, reason = STOPPED_AS[job.desired], last.message
         if last.outcome is Outcome.COMPLETED:
-            to = JobState.SUCCEEDED
-        elif not (told or last.outcome is Outcome.STOPPED or job.desired is Desired.CANCELLED):
+            moved = await self._move(job, JobState.SUCCEEDED, last.message, last.step)
+        elif told or last.outcome is Outcome.STOPPED or job.desired is Desired.CANCELLED:
+            moved = await self._set_aside(job, last.message, last.step)
+        else:
             budget = "restart budget spent; " if last.policy is Policy.RESTART else ""
-            to, reason = JobState.FAILED, f"{budget}{last.outcome}: {last.message}"
-        if await self._move(job, to, reason, last.step):
+            reason = f"{budget}{last.outcome}: {last.message}"
+            moved = await self._move(job, JobState.FAILED, reason, last.step)
+        if moved:
             await self._cluster.kill_host(job.id, job.host_number)
 
     async def _note_ends(self, job: Job, results: list[AttemptResult]) -> bool:
@@ -257,7 +273,39 @@ class Reconciler:
             await self._cluster.kill_host(job.id, job.host_number)
             self._stop_asked.pop(job.id)
             reason = f"stopped by force after {STOP_GRACE_S:.0f} s without an answer"
-            await self._move(job, STOPPED_AS[job.desired], reason)
+            await self._set_aside(job, reason)
+
+    async def _set_aside(self, job: Job, reason: str, step: int = 0) -> bool:
+        """A job has stopped: it goes on elsewhere if it was stopped for that, else as desired."""
+        move = self._stopping.get(job.id)
+        place = self._goes_to(job)
+        if move is not None and place:
+            return await self._go_on(job, place, f"{move.reason}; {reason}")
+        if move is not None and job.desired is Desired.RUNNING:
+            reason = f"{move.reason}: {reason}"
+        return await self._move(job, STOPPED_AS[job.desired], reason, step)
+
+    def _goes_to(self, job: Job) -> Placement:
+        """Where a job that was told to stop goes on at once; empty: it doesn't."""
+        if self._suspending or job.desired is not Desired.RUNNING or job.id not in self._stopping:
+            return ()
+        return self._stopping[job.id].job.placement
+
+    async def _go_on(self, job: Job, place: Placement, reason: str) -> bool:
+        """Start a job's next host in a place, else in the next best; queue it if there is none."""
+        others = [
+            each
+            for each in await self._jobs.unfinished()
+            if each.holds_resources and each.id != job.id
+        ]
+        wanted = replace(job, placement=place, workers=len(place) or job.workers)
+        found = settle(wanted, others, self.nodes or ())
+        if found is None:
+            return await self._move(job, JobState.QUEUED, f"{reason}; there is no place for it now")
+        if found.workers != job.workers:
+            found = replace(found, resized_at=time.time())
+            reason = f"resized from {job.workers} to {found.workers} workers: {reason}"
+        return await self._start(found, reason)
 
     async def _schedule(self) -> None:
         if self._suspending or self.nodes is None:
@@ -268,40 +316,47 @@ class Reconciler:
         ]
         holding = [job for job in jobs if job.holds_resources]
         held = {job.id for job in holding}
-        # What was asked to make way does so even if the other job is gone by now: it has heard it.
-        self._making_way = {k: by for k, by in self._making_way.items() if k in held}
-        leaving = {job.id for job in holding if self._stops(job)}
-        decision = decide(queued, holding, whole(self.nodes), leaving)
-        if decision.preempted_by is not None:
-            self._making_way |= {job.id: decision.preempted_by.id for job in decision.preempt}
+        # What was told to stop does so even if the reason is gone by now: it has heard it.
+        self._stopping = {key: move for key, move in self._stopping.items() if key in held}
+        leaving = {job.id: self._goes_to(job) for job in holding if self._stops(job)}
+        decision = decide(queued, holding, self.nodes, leaving, time.time())
+        if decision.stop:
+            self._stopping |= {move.job.id: move for move in decision.stop}
             self.wake()  # they hear it at the next tick, which may as well be now
         for job in queued:
             reason = decision.waiting.get(job.id)
             if reason is not None and reason != job.reason:
                 await self._jobs.change(job, replace(job, reason=reason))
-        for job in decision.start:
-            await self._start(job, "its resources are free; workers start")
+        for move in decision.start:
+            await self._start(move.job, move.reason)
 
-    async def _start(self, job: Job, reason: str) -> None:
-        """Number the next host first, then start it: a crash in between costs one number."""
+    async def _start(self, job: Job, reason: str) -> bool:
+        """Number the next host first, then start it: a crash in between costs one number.
+
+        Whether it does; False where somebody else changed the job first.
+        """
         self._stop_asked.pop(job.id, None)  # of another host
         if job.state is not JobState.STARTING:
             job = job.moved(JobState.STARTING, reason, time.time())
         numbered = replace(job, host_number=job.host_number + 1, reason=reason)
         stored = await self._jobs.change(job, numbered, events.state_changed(numbered, time.time()))
-        if stored is not None:
-            ends = await self._counted_ends(stored)
-            await self._cluster.start_host({**self._host_config(stored), "earlier_ends": ends})
+        if stored is None:
+            return False
+        self._stopping.pop(job.id, None)
+        self._metrics.observe_workers(stored)
+        ends = await self._counted_ends(stored)
+        await self._cluster.start_host({**self._host_config(stored), "earlier_ends": ends})
+        return True
 
     async def _move(self, job: Job, to: JobState, reason: str, step: int = 0) -> bool:
         """Whether the job is in its new state; False where somebody else changed it first."""
-        if to is JobState.QUEUED and (by := self._making_way.get(job.id)):
-            reason = f"preempted by job {by}: {reason}"
         now = time.time()
         moved = job.moved(to, reason, now)
         record = events.state_changed(moved, now, step)
         if await self._jobs.change(job, moved, record) is None:
             return False
+        self._stopping.pop(job.id, None)
+        self._metrics.observe_workers(moved)
         if moved.is_final:
             self._hosts_lost.pop(job.id, None)
             self._heard.pop(job.id, None)

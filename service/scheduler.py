@@ -1,119 +1,337 @@
-"""Which queued job gets which resources, and who makes way for it. A pure function of a snapshot.
+"""Which jobs start, grow, shrink, move or make way, and where. A pure function of a snapshot.
 
-Strict order: priority first, then submission. A job that fits never overtakes one before it that
-waits for others to end, so nobody starves. What the whole cluster can't hold is refused at
-submission; if the cluster has shrunk since, or the spec waits for nodes, it waits for the cluster
-to grow, out of others' way.
+Priority by priority, the highest first: its queued jobs start in order of submission, then its jobs
+that may grow take what is still free, then comes the next priority. A queued job that fits never
+overtakes one before it that waits for others to end, so nobody starves. What the whole cluster
+can't hold waits out of others' way.
 
-Invariant: a job makes way only for one of higher priority, only where its spec allows it, and only
-where that lets the other start; so no two jobs can take turns at it.
+Invariant: nothing is taken from a job but for one that then starts: the number of its workers from
+an elastic one for a job of at least its priority, its place from a preemptible one for a job of
+higher priority. What grows takes only what no job before it can use. So no two jobs take turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from service.jobs import Job
-from service.placement import Capacity
-from trainer.contract.spec import ResourcesSpec
+from service.placement import Capacity, Node, Placement, Room, whole
+from trainer.contract.spec import ResourcesSpec, Sizing
+from trainer.contract.states import JobState
+
+
+@dataclass(frozen=True)
+class Move:
+    """A job with the place that it gets, empty where it is queued, and why."""
+
+    job: Job
+    reason: str
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to start now, why the others wait (job id to reason), and who makes way for whom."""
+    """What to start now, and what to stop with a checkpoint: each goes on in another place.
 
-    start: tuple[Job, ...]
+    waiting: why the other queued jobs wait, by id.
+    """
+
+    start: tuple[Move, ...]
+    stop: tuple[Move, ...]
     waiting: dict[str, str]
-    preempt: tuple[Job, ...] = ()
-    preempted_by: Job | None = None
 
 
-def needs(resources: ResourcesSpec) -> Capacity:
-    """What a job takes when it runs on its smallest number of workers."""
-    workers = resources.workers.min
-    return Capacity(workers * resources.gpus_per_worker, workers * resources.cpus_per_worker)
+def worker_of(resources: ResourcesSpec) -> Capacity:
+    """What one worker takes of its node."""
+    return Capacity(resources.gpus_per_worker, resources.cpus_per_worker)
+
+
+def numbers_of(job: Job) -> tuple[int, ...]:
+    """The numbers of workers that a job may start on, ascending.
+
+    One whose policy is fixed keeps the number that it was given first.
+    """
+    if job.workers and job.spec.resources.workers.policy is Sizing.FIXED:
+        return (job.workers,)
+    return job.spec.possible_workers
+
+
+def shortfall(resources: ResourcesSpec, least: int, nodes: Iterable[Node]) -> dict[str, str]:
+    """What keeps even an empty cluster from holding so many workers, by field; empty: nothing."""
+    nodes = [node for node in nodes if node.usable]
+    worker, found = worker_of(resources), {}
+    if Room(nodes).slots(worker) >= least:
+        return {}
+    need, total = worker.times(least), whole(nodes)
+    for unit in ("gpu", "cpu"):
+        field = f"{unit}s_per_worker"
+        most = max((getattr(node, f"{unit}s") for node in nodes), default=0)
+        needed, have = getattr(need, f"{unit}s"), getattr(total, f"{unit}s")
+        if needed > have:
+            words = f"needs {needed} {unit.upper()}, the cluster has {have}"
+            found[field] = f"with {least} worker{'s' * (least > 1)} it {words}"
+        elif getattr(worker, f"{unit}s") > most:
+            found[field] = f"a worker must fit on one node, the largest has {most} {unit.upper()}"
+    if not found:
+        found["workers"] = (
+            f"{least} workers of {worker.gpus} GPU and {worker.cpus} CPU, each on one node: the "
+            f"cluster has places for {Room(nodes).slots(worker)}"
+        )
+    return found
 
 
 def decide(
     queued: Sequence[Job],
     holding: Sequence[Job],
-    total: Capacity,
-    leaving: Collection[str] = frozenset(),
+    nodes: Sequence[Node],
+    leaving: Mapping[str, Placement] | None = None,
+    now: float = 0.0,
 ) -> Decision:
-    """Start jobs in order until one does not fit; see who could make way for that one.
+    """Who gets which place.
 
     Args:
         queued: jobs that want to run and hold nothing.
         holding: jobs that hold resources.
-        total: what the cluster has.
-        leaving: ids of those among holding that are about to give back what they hold.
+        nodes: the cluster's.
+        leaving: ids of those among holding that were told to stop, with the place that each goes
+            on in; empty where it is queued, or is done.
+        now: seconds since the epoch, for the pauses between changes of a job's number.
     """
-    free = total
-    for job in holding:
-        free = free.minus(needs(job.spec.resources))
-    start: list[Job] = []
-    waiting: dict[str, str] = {}
-    blocked_by: Job | None = None
-    order = sorted(queued, key=lambda job: (-job.spec.priority, job.submission))
-    for place, job in enumerate(order, start=1):
-        need = needs(job.spec.resources)
-        if not total.holds(need):
+    this = _Round(holding, nodes, leaving or {}, now)
+    for job in this.staying:
+        this.leave_lost_nodes(job)
+    order = sorted(queued, key=_rank)
+    places = {job.id: place for place, job in enumerate(order, start=1)}
+    for priority in sorted({job.spec.priority for job in (*queued, *holding)}, reverse=True):
+        group = [job for job in order if job.spec.priority == priority]
+        for job in group:
+            this.admit(job, places[job.id])
+        begun = [this.start[job.id].job for job in group if job.id in this.start]
+        trains = [job for job in this.staying if job.spec.priority == priority]
+        for job in sorted(begun + trains, key=_rank):
+            this.grow(job)
+    return Decision(tuple(this.start.values()), tuple(this.stop.values()), this.waiting)
+
+
+def settle(job: Job, others: Iterable[Job], nodes: Sequence[Node]) -> Job | None:
+    """The job in its place if that is still there, else in the next best; None: there is none.
+
+    others: the jobs that hold resources beside it.
+    """
+    room = Room(nodes)
+    for each in others:
+        room.take(worker_of(each.spec.resources), _held(each, room))
+    if job.placement and room.has(worker_of(job.spec.resources), job.placement):
+        return job
+    placement = _largest(room, job, _no_more_than(job))
+    return placed(job, placement) if placement else None
+
+
+def placed(job: Job, placement: Placement) -> Job:
+    """The job in another place; queued, with an empty one, it keeps its number."""
+    return replace(job, placement=placement, workers=len(placement) or job.workers)
+
+
+def _no_more_than(job: Job) -> list[int]:
+    """The numbers of workers that it can go on with, having lost some."""
+    return [n for n in numbers_of(job) if n <= max(job.workers, 1)]
+
+
+def _gives(job: Job) -> bool:
+    """Whether it gives workers back for a queued job."""
+    return job.spec.resources.workers.policy is Sizing.ELASTIC
+
+
+def _rank(job: Job) -> tuple[int, int]:
+    """Before whom it comes: by priority, then submission."""
+    return -job.spec.priority, job.submission
+
+
+def _held(job: Job, room: Room) -> Placement:
+    """Where a job's workers are; of one started by an older service, where they might be."""
+    return job.placement or _largest(room, job, numbers_of(job)[:1]) or ()
+
+
+def _largest(room: Room, job: Job, numbers: Sequence[int]) -> Placement | None:
+    """A place for the largest of these numbers of its workers that there is one for."""
+    worker = worker_of(job.spec.resources)
+    slots = room.slots(worker)
+    most = max((n for n in numbers if n <= slots), default=0)
+    return room.place(worker, most) if most else None
+
+
+def _words(capacity: Capacity) -> str:
+    return f"{capacity.gpus} GPU and {capacity.cpus} CPU"
+
+
+class _Round:
+    """One decision in the making. room: free now; soon: once all that are told to stop have."""
+
+    def __init__(
+        self,
+        holding: Sequence[Job],
+        nodes: Sequence[Node],
+        leaving: Mapping[str, Placement],
+        now: float,
+    ) -> None:
+        self._nodes, self._now, self._empty = nodes, now, Room(nodes)
+        self._room, self._soon = Room(nodes), Room(nodes)
+        self.staying: list[Job] = []  # each with its place
+        for job in sorted(holding, key=_rank):
+            held, worker = _held(job, self._room), worker_of(job.spec.resources)
+            then = leaving.get(job.id, held)
+            # What it leaves for is kept for it; what it has, it has until it is gone.
+            self._room.take(worker, (Counter(held) | Counter(then)).elements())
+            self._soon.take(worker, then)
+            if job.id not in leaving:
+                self.staying.append(replace(job, placement=held))
+        self.start: dict[str, Move] = {}
+        self.stop: dict[str, Move] = {}
+        self.waiting: dict[str, str] = {}
+        self._blocked: Job | None = None
+
+    def leave_lost_nodes(self, job: Job) -> None:
+        """A job on a node that is gone or drained goes on elsewhere, on no more workers."""
+        lost = [node for node in job.placement if node not in self._room.nodes]
+        if not lost:
+            return
+        room = self._room.copy()
+        room.give(worker_of(job.spec.resources), job.placement)
+        placement = _largest(room, job, _no_more_than(job)) or ()
+        self._move(job, placement, f"{len(lost)} of its workers lost, or must leave, their node")
+
+    def admit(self, job: Job, place: int) -> None:
+        """Start a queued job unless one before it waits; see who could make way for it."""
+        numbers, worker = numbers_of(job), worker_of(job.spec.resources)
+        need, total = worker.times(numbers[0]), self._empty.free
+        where = f"place {place} in the queue"
+        if self._empty.slots(worker) < numbers[0]:
             # What can't run until the cluster grows back must not keep others from running.
-            waiting[job.id] = (
-                f"needs {need.gpus} GPU and {need.cpus} CPU, the cluster now has only "
+            has = f"the cluster now has only {total.gpus} and {total.cpus}"
+            self.waiting[job.id] = f"needs {_words(need)}, {has}"
+            if total.holds(need):
+                lacks = shortfall(job.spec.resources, numbers[0], self._nodes)
+                self.waiting[job.id] = "; ".join(lacks.values())
+        elif self._blocked is not None:
+            self.waiting[job.id] = f"{where}, behind job {self._blocked.id}"
+        elif placement := _largest(self._room, job, numbers[:1] if _gives(job) else numbers):
+            self._begin(job, placement)
+        else:
+            self._blocked, free = job, self._room.free
+            self.waiting[job.id] = (
+                f"{where}: needs {_words(need)}, free are {free.gpus} and {free.cpus} of "
                 f"{total.gpus} and {total.cpus}"
             )
-        elif blocked_by is not None:
-            waiting[job.id] = f"place {place} in the queue, behind job {blocked_by.id}"
-        elif free.holds(need):
-            start.append(job)
-            free = free.minus(need)
+            if asked := self._make_way(job):
+                self.waiting[job.id] = f"{where}: {', '.join(asked)} makes way for it"
+
+    def grow(self, job: Job) -> None:
+        """Let a job have what no queued job of at least its priority can use."""
+        begins = job.id in self.start
+        policy = job.spec.resources.workers.policy
+        if policy is Sizing.FIXED or (policy is Sizing.GROW and self._blocked is not None):
+            return
+        if not begins and not self._may_change(job):
+            return
+        room, worker = self._room.copy(), worker_of(job.spec.resources)
+        room.give(worker, job.placement)
+        placement = _largest(room, job, numbers_of(job)) or ()
+        if len(placement) <= len(job.placement):
+            return
+        if begins:
+            self._room.give(worker, job.placement)
+            self._soon.give(worker, job.placement)
+            self._begin(job, placement)
         else:
-            blocked_by = job
-            waiting[job.id] = (
-                f"place {place} in the queue: needs {need.gpus} GPU and {need.cpus} CPU, "
-                f"free are {max(free.gpus, 0)} and {max(free.cpus, 0)} "
-                f"of {total.gpus} and {total.cpus}"
-            )
-    if blocked_by is None:
-        return Decision(tuple(start), waiting)
-    preempt = _making_way(blocked_by, holding, free, leaving)
-    if preempt:
-        named = ", ".join(job.id for job in preempt)
-        waiting[blocked_by.id] = f"place {1 + len(start)} in the queue: {named} makes way for it"
-    return Decision(tuple(start), waiting, preempt, blocked_by if preempt else None)
+            self._move(job, placement, "there is room for more")
 
+    def _begin(self, job: Job, placement: Placement) -> None:
+        worker, number = worker_of(job.spec.resources), len(placement)
+        self._room.take(worker, placement)
+        self._soon.take(worker, placement)
+        reason = f"its resources are free; {number} worker{'s start' if number > 1 else ' starts'}"
+        free = min(number + self._room.slots(worker), job.spec.resources.workers.max)
+        possible = numbers_of(job)
+        if number < free and not any(number < n <= free for n in possible):
+            known = ", ".join(map(str, possible))
+            reason += f" ({free} have room, but a step divides only among {known})"
+        self.start[job.id] = Move(placed(job, placement), reason)
 
-def _making_way(
-    job: Job, holding: Sequence[Job], free: Capacity, leaving: Collection[str]
-) -> tuple[Job, ...]:
-    """Those who must stop so that a job can start: the lowest priority first, then the youngest.
+    def _move(self, job: Job, placement: Placement, reason: str) -> None:
+        """Have a job stop, and keep what it goes on with."""
+        worker = worker_of(job.spec.resources)
+        self._room.take(worker, (Counter(placement) - Counter(job.placement)).elements())
+        self._soon.give(worker, job.placement)
+        self._soon.take(worker, placement)
+        self.stop[job.id] = Move(placed(job, placement), reason)
 
-    Nobody where what is about to be free is enough, or where nobody who may be asked has enough.
-    """
-    need = needs(job.spec.resources)
-    for each in holding:
-        if each.id in leaving:
-            free = free.plus(needs(each.spec.resources))
-    may_be_asked = [
-        each
-        for each in holding
-        if each.spec.preemptible
-        and each.spec.priority < job.spec.priority
-        and each.id not in leaving
-    ]
-    asked: list[Job] = []
-    for each in sorted(may_be_asked, key=lambda each: (each.spec.priority, -each.submission)):
-        if free.holds(need):
-            break
-        asked.append(each)
-        free = free.plus(needs(each.spec.resources))
-    if not free.holds(need):
-        return ()
-    for each in reversed(asked.copy()):  # the most important first: who isn't needed goes on
-        without = free.minus(needs(each.spec.resources))
-        if without.holds(need):
-            asked.remove(each)
-            free = without
-    return tuple(asked)
+    def _may_change(self, job: Job) -> bool:
+        """Whether its number may change now; once it trains, and not twice in a short time."""
+        pause_s = job.spec.resources.workers.cooldown_s
+        rested = job.resized_at is None or self._now - job.resized_at >= pause_s
+        return rested and job.state is JobState.RUNNING and job.id not in self.stop
+
+    def _make_way(self, job: Job) -> list[str]:
+        """Tell those who must so that a job can start, and keep its place; their ids.
+
+        Nobody where what is about to be free is enough, or where nobody who may be asked has
+        enough.
+        """
+        shares = self._shares(job)
+        if shares is None:
+            return []
+        places = self._with(job, shares)
+        assert places is not None, "shares are such that it fits"
+        for each, number in zip(self._named(shares), shares.values(), strict=True):
+            reason = f"job {job.id} can start" if number else f"preempted by job {job.id}"
+            self._move(each, places[each.id], reason)
+        self._room.take(worker_of(job.spec.resources), places[job.id])
+        return list(shares)
+
+    def _shares(self, job: Job) -> dict[str, int] | None:
+        """By id, how many workers those keep who must give some up; None: that would not help."""
+        shares: dict[str, int] = {}
+        offers = self._offers(job)
+        while self._with(job, shares) is None:
+            if (offer := next(offers, None)) is None:
+                return None
+            shares[offer[0].id] = offer[1]
+        for each in reversed(self._named(shares)):  # who isn't needed goes on, or gives up less
+            rest = {key: number for key, number in shares.items() if key != each.id}
+            kept = [n for n in numbers_of(each) if shares[each.id] < n < len(each.placement)]
+            may = [n for n in reversed(kept) if _gives(each) and self._may_change(each)]
+            trials = [rest, *({**shares, each.id: n} for n in may)]
+            shares = next((t for t in trials if self._with(job, t) is not None), shares)
+        return shares
+
+    def _offers(self, job: Job) -> Iterator[tuple[Job, int]]:
+        """Who could give up workers, down to how many: lowest priority first, then youngest."""
+        asked = sorted(self.staying, key=lambda job: (job.spec.priority, -job.submission))
+        for each in asked:
+            least = numbers_of(each)[0]
+            gives = _gives(each) and each.spec.priority <= job.spec.priority
+            if gives and least < len(each.placement) and self._may_change(each):
+                yield each, least
+        for each in asked:
+            lower = each.spec.preemptible and each.spec.priority < job.spec.priority
+            if lower and each.id not in self.stop:
+                yield each, 0
+
+    def _with(self, job: Job, shares: Mapping[str, int]) -> dict[str, Placement] | None:
+        """Places for a job and for those who keep only so many workers; None: there are none."""
+        room, named = self._soon.copy(), self._named(shares)
+        for each in named:
+            room.give(worker_of(each.spec.resources), each.placement)
+        found: dict[str, Placement] = {}
+        for each, number in ((job, numbers_of(job)[0]), *zip(named, shares.values(), strict=True)):
+            placement = room.place(worker_of(each.spec.resources), number)
+            if placement is None:
+                return None
+            room.take(worker_of(each.spec.resources), placement)
+            found[each.id] = placement
+        return found
+
+    def _named(self, shares: Mapping[str, int]) -> list[Job]:
+        by_id = {job.id: job for job in self.staying}
+        return [by_id[each] for each in shares]

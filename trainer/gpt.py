@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.attention import Attention, Linear, norm, rotary_tables
+from trainer.contract.contradictions import SMEAR_GATE_CHANNELS
 from trainer.contract.shape import ModelShape
-from trainer.contract.spec import SMEAR_GATE_CHANNELS
 from trainer.loss import mean_loss, soft_capped_logits, token_losses
 from trainer.tables import look_up
 

@@ -25,6 +25,7 @@ WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be abou
 # Read when a worker loads torch. Threads that wait must not spin: beside other work on the same
 # cores a step takes three to five times as long otherwise (docs/log.md).
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+NODE_LABEL = "ray.io/node-id"  # Ray's own, on every node
 # Set where Ray starts a process for us; read by Ray Train itself.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -37,6 +38,7 @@ RAY_TRAIN_SETTINGS = {
 class HostConfig:
     """All that a host is told. host_key: see trainer.contract.credential.
 
+    placement: Ray's id of each worker's node.
     earlier_ends: of attempts on hosts before this one, which the budget of restarts counts too.
     """
 
@@ -47,7 +49,7 @@ class HostConfig:
     service_address: str
     service_ca: str | None
     host_key: str
-    num_workers: int
+    placement: tuple[str, ...]
     gpus_per_worker: int
     cpus_per_worker: int
     stall_floor_s: float
@@ -206,8 +208,9 @@ def _trainer(config: HostConfig, notes: str) -> Any:
         run_worker,
         train_loop_config={"config": asdict(config), "host": host_name},
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=len(config.placement),
             use_gpu=use_gpu,
+            label_selector=[{NODE_LABEL: node} for node in config.placement],
             resources_per_worker={
                 "CPU": config.cpus_per_worker,
                 **({"GPU": config.gpus_per_worker} if use_gpu else {}),

@@ -22,13 +22,14 @@ J_PER_KWH = 3.6e6
 
 def job_table(jobs: Iterable[pb.Job]) -> Table:
     """One line a job."""
-    table = _table("job", "name", "state", "step", "loss", "bits/byte", "left", "age")
+    table = _table("job", "name", "state", "workers", "step", "loss", "bits/byte", "left", "age")
     for job in jobs:
         state = output.state_name(job.state)
         table.add_row(
             job.id,
             job.spec.name,
             Text(state, style=output.STATE_STYLES.get(state, "")),
+            str(job.workers or ""),
             f"{job.step:,}/{job.spec.schedule.num_iterations:,}",
             f"{job.latest.loss_smoothed:.4f}" if job.HasField("latest") else "",
             f"{job.validation_bpb:.4f}" if job.HasField("validation_bpb") else "",
@@ -112,6 +113,7 @@ def show_job(console: Console, job: pb.Job) -> None:
     _line(console, "state", state + reason, output.STATE_STYLES.get(state, ""))
     if job.desired_state not in (job.state, pb.JOB_STATE_RUNNING):
         _line(console, "wanted", output.state_name(job.desired_state))
+    _line(console, "workers", _workers(job))
     _line(console, "step", _progress(job))
     if job.HasField("latest"):
         _line(console, "latest", _latest(job.latest))
@@ -151,6 +153,13 @@ def _attempt_table(attempts: Iterable[pb.Attempt]) -> Table:
             Text(output.one_line(attempt.message), overflow="fold"),
         )
     return table
+
+
+def _workers(job: pb.Job) -> str:
+    asked = job.spec.resources.workers
+    policy = pb.Sizing.Name(asked.policy).removeprefix("SIZING_").lower()
+    span = f" of {asked.min} to {asked.max}, {policy}" if asked.max > asked.min else ""
+    return f"{job.workers}{span}"
 
 
 def _progress(job: pb.Job) -> str:

@@ -30,6 +30,8 @@ def show_plan(console: Console, plan: pb.Plan, *, compact: bool = False) -> None
         _line(console, "parameters", f"{plan.parameters_total:,} = {parts}")
         _line(console, "FLOPs", f"{plan.flops_per_token:,} a token, forward and backward")
     _line(console, "batch", _batch(plan))
+    if plan.spec.resources.workers.max > plan.spec.resources.workers.min:
+        _line(console, "workers", _workers(plan))
     _line(console, "steps", _steps(plan))
     if not compact:
         _line(console, "checkpoint", _checkpoint(plan))
@@ -123,13 +125,20 @@ def _shape(plan: pb.Plan) -> str:
 
 def _batch(plan: pb.Plan) -> str:
     spec = plan.spec
-    workers = spec.resources.workers.min
+    workers = plan.workers[0].workers if plan.workers else spec.resources.workers.min
     ranks = f" x {workers} workers" if workers > 1 else ""
     micro = "micro-batch" if plan.grad_accum_steps == 1 else "micro-batches"
     return (
         f"{spec.batch.total_batch_size:,} tokens a step = {plan.grad_accum_steps} {micro} x "
         f"{spec.batch.device_batch_size} rows x {plan.shape.sequence_len:,}{ranks}"
     )
+
+
+def _workers(plan: pb.Plan) -> str:
+    asked = plan.spec.resources.workers
+    options = ", ".join(f"{each.workers} x {each.grad_accum_steps}" for each in plan.workers)
+    policy = pb.Sizing.Name(asked.policy).removeprefix("SIZING_").lower()
+    return f"{asked.min} to {asked.max}, {policy}; workers x micro-batches: {options}"
 
 
 def _steps(plan: pb.Plan) -> str:

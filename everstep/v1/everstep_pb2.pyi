@@ -17,6 +17,13 @@ class Anchor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ANCHOR_SEGMENT: _ClassVar[Anchor]
     ANCHOR_CONTINUE: _ClassVar[Anchor]
 
+class Sizing(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SIZING_UNSPECIFIED: _ClassVar[Sizing]
+    SIZING_FIXED: _ClassVar[Sizing]
+    SIZING_GROW: _ClassVar[Sizing]
+    SIZING_ELASTIC: _ClassVar[Sizing]
+
 class Compute(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     COMPUTE_UNSPECIFIED: _ClassVar[Compute]
@@ -77,6 +84,10 @@ ANCHOR_UNSPECIFIED: Anchor
 ANCHOR_HORIZON: Anchor
 ANCHOR_SEGMENT: Anchor
 ANCHOR_CONTINUE: Anchor
+SIZING_UNSPECIFIED: Sizing
+SIZING_FIXED: Sizing
+SIZING_GROW: Sizing
+SIZING_ELASTIC: Sizing
 COMPUTE_UNSPECIFIED: Compute
 COMPUTE_BF16: Compute
 COMPUTE_FP32: Compute
@@ -278,12 +289,16 @@ class ResourcesSpec(_message.Message):
     def __init__(self, workers: _Optional[_Union[WorkersSpec, _Mapping]] = ..., gpus_per_worker: _Optional[int] = ..., cpus_per_worker: _Optional[int] = ..., wait_for_nodes: _Optional[bool] = ...) -> None: ...
 
 class WorkersSpec(_message.Message):
-    __slots__ = ("min", "max")
+    __slots__ = ("min", "max", "policy", "cooldown_s")
     MIN_FIELD_NUMBER: _ClassVar[int]
     MAX_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    COOLDOWN_S_FIELD_NUMBER: _ClassVar[int]
     min: int
     max: int
-    def __init__(self, min: _Optional[int] = ..., max: _Optional[int] = ...) -> None: ...
+    policy: Sizing
+    cooldown_s: int
+    def __init__(self, min: _Optional[int] = ..., max: _Optional[int] = ..., policy: _Optional[_Union[Sizing, str]] = ..., cooldown_s: _Optional[int] = ...) -> None: ...
 
 class PrecisionSpec(_message.Message):
     __slots__ = ("compute", "embeddings")
@@ -294,7 +309,7 @@ class PrecisionSpec(_message.Message):
     def __init__(self, compute: _Optional[_Union[Compute, str]] = ..., embeddings: _Optional[_Union[Embeddings, str]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "spec", "state", "reason", "start", "step", "create_time", "start_time", "end_time", "attempts", "latest", "in_force", "checkpoint", "desired_state", "validation_bpb", "eta_s", "goodput", "energy_joules")
+    __slots__ = ("id", "spec", "state", "reason", "start", "step", "create_time", "start_time", "end_time", "attempts", "latest", "in_force", "checkpoint", "desired_state", "validation_bpb", "eta_s", "workers", "goodput", "energy_joules")
     ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +326,7 @@ class Job(_message.Message):
     DESIRED_STATE_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_BPB_FIELD_NUMBER: _ClassVar[int]
     ETA_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     GOODPUT_FIELD_NUMBER: _ClassVar[int]
     ENERGY_JOULES_FIELD_NUMBER: _ClassVar[int]
     id: str
@@ -329,9 +345,10 @@ class Job(_message.Message):
     desired_state: JobState
     validation_bpb: float
     eta_s: float
+    workers: int
     goodput: Goodput
     energy_joules: float
-    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., step: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., latest: _Optional[_Union[MetricPoint, _Mapping]] = ..., in_force: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., desired_state: _Optional[_Union[JobState, str]] = ..., validation_bpb: _Optional[float] = ..., eta_s: _Optional[float] = ..., goodput: _Optional[_Union[Goodput, _Mapping]] = ..., energy_joules: _Optional[float] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., step: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., latest: _Optional[_Union[MetricPoint, _Mapping]] = ..., in_force: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., checkpoint: _Optional[_Union[CheckpointRef, _Mapping]] = ..., desired_state: _Optional[_Union[JobState, str]] = ..., validation_bpb: _Optional[float] = ..., eta_s: _Optional[float] = ..., workers: _Optional[int] = ..., goodput: _Optional[_Union[Goodput, _Mapping]] = ..., energy_joules: _Optional[float] = ...) -> None: ...
 
 class Goodput(_message.Message):
     __slots__ = ("queue_s", "start_s", "data_s", "productive_s", "recompute_s", "checkpoint_s", "evaluation_s", "wait_s", "ratio")
@@ -494,7 +511,7 @@ class DeviceInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("spec", "shape", "parameters", "parameters_total", "flops_per_token", "grad_accum_steps", "start_step", "steps", "tokens", "rates", "start", "refusals", "warnings", "checkpoint_bytes", "steps_at_risk", "memory", "time", "checkpoints_kept", "checkpoints_bytes", "seconds_at_risk", "start_name", "lineage", "ways_out")
+    __slots__ = ("spec", "shape", "parameters", "parameters_total", "flops_per_token", "grad_accum_steps", "start_step", "steps", "tokens", "rates", "start", "refusals", "warnings", "checkpoint_bytes", "steps_at_risk", "memory", "time", "checkpoints_kept", "checkpoints_bytes", "seconds_at_risk", "start_name", "lineage", "ways_out", "workers")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -518,6 +535,7 @@ class Plan(_message.Message):
     START_NAME_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
     WAYS_OUT_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     spec: JobSpec
     shape: Shape
     parameters: _containers.RepeatedCompositeFieldContainer[ParameterCount]
@@ -541,7 +559,16 @@ class Plan(_message.Message):
     start_name: str
     lineage: _containers.RepeatedCompositeFieldContainer[Ancestor]
     ways_out: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[ParameterCount, _Mapping]]] = ..., parameters_total: _Optional[int] = ..., flops_per_token: _Optional[int] = ..., grad_accum_steps: _Optional[int] = ..., start_step: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., rates: _Optional[_Iterable[_Union[RateRow, _Mapping]]] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., refusals: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., checkpoint_bytes: _Optional[int] = ..., steps_at_risk: _Optional[int] = ..., memory: _Optional[_Union[MemoryEstimate, _Mapping]] = ..., time: _Optional[_Union[TimeEstimate, _Mapping]] = ..., checkpoints_kept: _Optional[int] = ..., checkpoints_bytes: _Optional[int] = ..., seconds_at_risk: _Optional[float] = ..., start_name: _Optional[str] = ..., lineage: _Optional[_Iterable[_Union[Ancestor, _Mapping]]] = ..., ways_out: _Optional[_Iterable[str]] = ...) -> None: ...
+    workers: _containers.RepeatedCompositeFieldContainer[WorkersOption]
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[ParameterCount, _Mapping]]] = ..., parameters_total: _Optional[int] = ..., flops_per_token: _Optional[int] = ..., grad_accum_steps: _Optional[int] = ..., start_step: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., rates: _Optional[_Iterable[_Union[RateRow, _Mapping]]] = ..., start: _Optional[_Union[CheckpointRef, _Mapping]] = ..., refusals: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., checkpoint_bytes: _Optional[int] = ..., steps_at_risk: _Optional[int] = ..., memory: _Optional[_Union[MemoryEstimate, _Mapping]] = ..., time: _Optional[_Union[TimeEstimate, _Mapping]] = ..., checkpoints_kept: _Optional[int] = ..., checkpoints_bytes: _Optional[int] = ..., seconds_at_risk: _Optional[float] = ..., start_name: _Optional[str] = ..., lineage: _Optional[_Iterable[_Union[Ancestor, _Mapping]]] = ..., ways_out: _Optional[_Iterable[str]] = ..., workers: _Optional[_Iterable[_Union[WorkersOption, _Mapping]]] = ...) -> None: ...
+
+class WorkersOption(_message.Message):
+    __slots__ = ("workers", "grad_accum_steps")
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    GRAD_ACCUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    workers: int
+    grad_accum_steps: int
+    def __init__(self, workers: _Optional[int] = ..., grad_accum_steps: _Optional[int] = ...) -> None: ...
 
 class MemoryEstimate(_message.Message):
     __slots__ = ("parts", "peak_bytes", "device_bytes", "largest_device_batch_size", "snapshot_bytes")

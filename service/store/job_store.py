@@ -193,6 +193,9 @@ def _job_columns(job: Job) -> dict[str, Any]:
         "started_at": job.started_at,
         "ended_at": job.ended_at,
         "host_number": job.host_number,
+        "workers": job.workers,
+        "placement": job.placement,
+        "resized_at": job.resized_at,
     }
 
 
@@ -211,6 +214,9 @@ def _job(row: sa.Row[Any]) -> Job:
         started_at=columns[jobs.c.started_at],
         ended_at=columns[jobs.c.ended_at],
         host_number=columns[jobs.c.host_number],
+        workers=columns[jobs.c.workers],
+        placement=tuple(columns[jobs.c.placement]),
+        resized_at=columns[jobs.c.resized_at],
         submission=columns[jobs.c.submission],
         version=columns[jobs.c.version],
     )

@@ -52,6 +52,9 @@ jobs = sa.Table(
     sa.Column("started_at", sa.Float, nullable=True),
     sa.Column("ended_at", sa.Float, nullable=True),
     sa.Column("host_number", sa.Integer, nullable=False),
+    sa.Column("workers", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("placement", sa.JSON, nullable=False, server_default="[]"),
+    sa.Column("resized_at", sa.Float, nullable=True),
     sa.Column("version", sa.Integer, nullable=False),
     sqlite_autoincrement=True,
 )

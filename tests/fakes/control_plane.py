@@ -76,7 +76,11 @@ class ControlPlane:
             self.jobs,
             self.cluster,  # type: ignore[arg-type] # the same methods
             self.metrics,
-            lambda job: {"job_id": job.id, "host_number": job.host_number},
+            lambda job: {
+                "job_id": job.id,
+                "host_number": job.host_number,
+                "placement": job.placement,
+            },
         )
         self.storage = Storage(self.store)
         self.lifecycle = Lifecycle(

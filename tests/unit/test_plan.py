@@ -255,7 +255,7 @@ def test_the_share_of_the_peak_is_by_the_cards_own_peak_or_absent() -> None:
 def test_a_measured_rate_counts_more_than_the_device() -> None:
     spec = spec_of()
     shape = ModelShape.of(spec.model, VOCAB)
-    measured = [Measured("job A", 2.0, work_of(spec, shape)), Measured("job B", 9.0, 1.0)]
+    measured = [Measured("job A", 2.0, work_of(spec, shape, 1)), Measured("job B", 9.0, 1.0)]
     plan = make_plan(spec, VOCAB, where=Surroundings(find_device("RTX 4070"), measured))
     assert plan.time is not None
     assert plan.time.step_s == pytest.approx(2.0)

@@ -65,7 +65,7 @@ async def test_a_rate_measured_here_is_used_and_its_job_named(plane: ControlPlan
     twice = (await planned(plane, batch={"total_batch_size": 512})).plan
     assert twice.time is not None
     shape: ModelShape = twice.shape
-    factor = work_of(twice.spec, shape) / work_of(near.spec, shape)
+    factor = work_of(twice.spec, shape, 1) / work_of(near.spec, shape, 1)
     assert 1 < factor < 2
     assert twice.time.step_s == pytest.approx(2.0 * factor)
     assert near.id in twice.time.basis

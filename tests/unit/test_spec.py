@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainer.contract.spec import Anchor, Compile, Compute, Embeddings, JobSpec
+from trainer.contract.spec import Anchor, Compile, Compute, Embeddings, JobSpec, Sizing
 from trainer.contract.violations import SpecError, Violation
 
 
@@ -79,6 +79,21 @@ def test_a_batch_that_does_not_divide_names_the_multiple_it_must_be_of() -> None
     )
     workers = refused({"resources": {"workers": {"min": 3, "max": 3}}})
     assert "x workers.min 3" in workers["batch.total_batch_size"]
+    none = refused({"resources": {"workers": {"min": 5, "max": 7}}})
+    assert none["batch.total_batch_size"] == (
+        "65536: no number of workers from 5 to 7 divides its 4 micro-batches of 16384 tokens"
+    )
+
+
+def test_of_a_range_those_numbers_are_possible_that_divide_the_step() -> None:
+    def possible(low: int, high: int) -> tuple[int, ...]:
+        workers = {"resources": {"workers": {"min": low, "max": high}}}
+        batch = {"batch": {"device_batch_size": 1, "total_batch_size": 12 * 2048}}
+        return JobSpec.parse({**workers, **batch}).possible_workers
+
+    assert possible(1, 8) == (1, 2, 3, 4, 6)
+    assert possible(5, 100_000) == (6, 12), "its least doesn't divide, but another does"
+    assert possible(4, 4) == (4,)
 
 
 @pytest.mark.parametrize("value", [12.0, True, "12", None, [12]])
@@ -91,17 +106,20 @@ def test_enums_are_read_as_people_and_as_proto_json_spell_them() -> None:
         "schedule": {"anchor": "segment"},
         "precision": {"compute": "fp32", "embeddings": "fp32"},
         "compile": "off",
+        "resources": {"workers": {"policy": "grow"}},
     }
     wire = {
         "schedule": {"anchor": "ANCHOR_SEGMENT"},
         "precision": {"compute": "COMPUTE_FP32", "embeddings": "EMBEDDINGS_FP32"},
         "compile": "COMPILE_OFF",
+        "resources": {"workers": {"policy": "SIZING_GROW"}},
     }
     spec = JobSpec.parse(people)
     assert spec == JobSpec.parse(wire)
     assert spec.schedule.anchor is Anchor.SEGMENT
     assert spec.precision.compute is Compute.FP32
     assert spec.precision.embeddings is Embeddings.FP32
+    assert spec.resources.workers.policy is Sizing.GROW
 
 
 def test_on_and_off_are_read_as_yaml_1_1_reads_them() -> None:

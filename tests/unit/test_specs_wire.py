@@ -30,7 +30,7 @@ guards:   {max_lr_jump: 2.0, allow_lr_jump: false}
 evaluate: {every: 250, tokens: 41943040}
 sample:   {every: 2000}
 checkpoint: {every_steps: 1000, every_s: 900, keep_last: 3, keep_every_steps: 10000, keep_best: true}
-resources: {workers: {min: 1, max: 1}, gpus_per_worker: 1, cpus_per_worker: 2, wait_for_nodes: false}
+resources: {workers: {min: 1, max: 1, policy: fixed, cooldown_s: 300}, gpus_per_worker: 1, cpus_per_worker: 2, wait_for_nodes: false}
 precision: {compute: bf16, embeddings: compute}
 compile: auto
 deterministic: true

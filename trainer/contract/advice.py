@@ -37,11 +37,12 @@ def advise(
         _no_warmdown(spec),
         _frozen_tables(spec, groups, schedule, start_step),
     ]
-    workers = spec.resources.workers
-    if workers.max > workers.min:
+    workers, possible = spec.resources.workers, spec.possible_workers
+    if len(possible) <= workers.max - workers.min:
+        known = ", ".join(map(str, possible))
         found.append(
-            f"the job runs on workers.min {workers.min} workers; growing towards workers.max "
-            f"{workers.max} is not there yet"
+            f"of workers.min {workers.min} to workers.max {workers.max} only {known} can be: no "
+            "other divides the micro-batches of a step"
         )
     return [text for text in found if text]
 

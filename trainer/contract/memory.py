@@ -97,7 +97,7 @@ def estimate_memory(
     largest = None
     if limit is not None:
         step_rows = spec.batch.total_batch_size // spec.model.max_seq_len
-        most = step_rows // spec.resources.workers.min
+        most = step_rows // spec.possible_workers[0]
         fitting = (
             each
             for each in range(most, 0, -1)
@@ -205,7 +205,7 @@ def _update(shape: ModelShape, kept: Kept) -> int:
 def _shares(spec: JobSpec, shape: ModelShape) -> list[tuple[int, int]]:
     """Bytes of the weights that each worker owns and of their moments, on the fewest workers."""
     shapes = shape.named_shapes()
-    held = [(0, 0)] * spec.resources.workers.min
+    held = [(0, 0)] * spec.possible_workers[0]
     for name, rank in owners(param_groups(spec, shape), shapes, len(held)).items():
         weight, moments = _bytes_of(spec, name, shapes[name])
         held[rank] = (held[rank][0] + weight, held[rank][1] + moments)

@@ -210,7 +210,7 @@ def make_plan(
         shape=shape,
         counts=shape.parameter_counts(),
         flops_per_token=shape.flops_per_token,
-        grad_accum_steps=spec.grad_accum_steps(spec.resources.workers.min),
+        grad_accum_steps=spec.grad_accum_steps(spec.possible_workers[0]),
         start_step=start_step,
         fork=fork,
         rates=rates,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
-from trainer.contract.spec import SMEAR_GATE_CHANNELS, ModelSpec
+from trainer.contract.contradictions import SMEAR_GATE_CHANNELS
+from trainer.contract.spec import ModelSpec
 
 VE_GATE_CHANNELS = 12  # the value-embedding gate reads this many leading channels
 VOCAB_MULTIPLE = 64  # embedding tables are padded to whole tensor-core tiles

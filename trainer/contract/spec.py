@@ -12,15 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trainer.contract.violations import SpecError, Violation, from_pydantic
+from trainer.contract.contradictions import cross_check
+from trainer.contract.violations import SpecError, from_pydantic
 
 INT32_MAX = 2**31 - 1  # the wire type of every whole number in the spec
-SMEAR_GATE_CHANNELS = 24  # the smear gate reads this many leading channels of the residual stream
-MAX_PARAMETERS = 10**12  # a bound against slips of the keyboard, far above what a GPU box trains
 
 
 class Anchor(StrEnum):
@@ -51,6 +51,14 @@ class Compile(StrEnum):
     AUTO = "auto"
     ON = "on"
     OFF = "off"
+
+
+class Sizing(StrEnum):
+    """When the number of a job's workers changes."""
+
+    FIXED = "fixed"
+    GROW = "grow"
+    ELASTIC = "elastic"
 
 
 class Section(BaseModel):
@@ -212,10 +220,17 @@ class CheckpointSpec(Section):
 
 
 class WorkersSpec(Section):
-    """How many workers the job may run on."""
+    """How many workers the job may run on, and when that number changes.
+
+    cooldown_s: at least so long between two changes that nobody was forced to.
+    """
 
     min: int = Field(1, ge=1, le=100_000)
     max: int = Field(1, ge=1, le=100_000)
+    policy: Sizing = Sizing.FIXED
+    cooldown_s: int = Field(300, ge=0, le=INT32_MAX)
+
+    _policy = field_validator("policy", mode="before")(enum_spelling(Sizing))
 
 
 class ResourcesSpec(Section):
@@ -292,6 +307,13 @@ class JobSpec(Section):
         """Tokens that one worker takes through one forward and backward pass."""
         return self.batch.device_batch_size * self.model.max_seq_len
 
+    @property
+    def possible_workers(self) -> tuple[int, ...]:
+        """The numbers of workers within the range that divide a step's micro-batches."""
+        micro, rest = divmod(self.batch.total_batch_size, self.tokens_per_micro_step)
+        workers = self.resources.workers
+        return _divisors(micro, workers.min, 0 if rest else min(workers.max, micro))
+
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps of each worker in an optimizer step; world_size must divide."""
         accum, rest = divmod(self.batch.total_batch_size, self.tokens_per_micro_step * world_size)
@@ -304,94 +326,6 @@ class JobSpec(Section):
         return self.evaluate.tokens // self.model.max_seq_len
 
 
-def cross_check(spec: JobSpec, broken: set[str] | frozenset[str]) -> list[Violation]:
-    """Contradictions between fields, leaving out any check that touches a broken section."""
-    checks: list[tuple[tuple[str, ...], Callable[[JobSpec], list[Violation]]]] = [
-        (("model",), _check_model),
-        (("model", "batch", "resources"), _check_batch),
-        (("model", "evaluate"), _check_evaluate),
-        (("schedule", "start"), _check_anchor),
-        (("resources",), _check_workers),
-    ]
-    found: list[Violation] = []
-    for sections, check in checks:
-        if not broken & set(sections):
-            found += check(spec)
-    return found
-
-
-def _check_model(spec: JobSpec) -> list[Violation]:
-    model = spec.model
-    found = []
-    if model.n_embd < SMEAR_GATE_CHANNELS:
-        found.append(
-            Violation(
-                "model.depth",
-                model.depth,
-                f"depth x aspect_ratio gives a width of {model.n_embd}; it must be at least "
-                f"{SMEAR_GATE_CHANNELS}, what the smear gate reads",
-            )
-        )
-    if 12 * model.depth * model.n_embd**2 > MAX_PARAMETERS:
-        found.append(
-            Violation(
-                "model.depth",
-                model.depth,
-                f"depth and aspect_ratio give more than {MAX_PARAMETERS:.0e} matrix parameters",
-            )
-        )
-    if model.n_head % model.kv_heads:
-        found.append(
-            Violation(
-                "model.n_kv_head", model.kv_heads, f"must divide the {model.n_head} query heads"
-            )
-        )
-    return found
-
-
-def _check_batch(spec: JobSpec) -> list[Violation]:
-    micro = spec.tokens_per_micro_step * spec.resources.workers.min
-    if spec.batch.total_batch_size % micro == 0:
-        return []
-    workers = f" x workers.min {spec.resources.workers.min}" * (spec.resources.workers.min > 1)
-    return [
-        Violation(
-            "batch.total_batch_size",
-            spec.batch.total_batch_size,
-            f"must be a multiple of {micro} tokens (device_batch_size "
-            f"{spec.batch.device_batch_size} x max_seq_len {spec.model.max_seq_len}{workers})",
-        )
-    ]
-
-
-def _check_evaluate(spec: JobSpec) -> list[Violation]:
-    if spec.evaluate_rows >= 1:
-        return []
-    return [
-        Violation(
-            "evaluate.tokens",
-            spec.evaluate.tokens,
-            f"must be at least one row of max_seq_len {spec.model.max_seq_len} tokens",
-        )
-    ]
-
-
-def _check_anchor(spec: JobSpec) -> list[Violation]:
-    if spec.schedule.anchor is Anchor.CONTINUE and spec.start.from_ is None:
-        return [
-            Violation(
-                "schedule.anchor", "continue", "needs start.from: there is no rate to go on from"
-            )
-        ]
-    return []
-
-
-def _check_workers(spec: JobSpec) -> list[Violation]:
-    workers = spec.resources.workers
-    if workers.min <= workers.max:
-        return []
-    return [
-        Violation(
-            "resources.workers.min", workers.min, f"must be at most workers.max {workers.max}"
-        )
-    ]
+@lru_cache(1024)  # asked of every queued job at every decision
+def _divisors(number: int, low: int, high: int) -> tuple[int, ...]:
+    return tuple(n for n in range(low, high + 1) if number % n == 0)

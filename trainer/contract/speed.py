@@ -44,9 +44,9 @@ class TimeEstimate:
     basis: str
 
 
-def work_of(spec: JobSpec, shape: ModelShape) -> float:
-    """FLOPs of one step on one worker, with the equivalents of what moves bytes."""
-    tokens = spec.batch.total_batch_size / spec.resources.workers.min
+def work_of(spec: JobSpec, shape: ModelShape, workers: int) -> float:
+    """FLOPs of one step on one of so many workers, with the equivalents of what moves bytes."""
+    tokens = spec.batch.total_batch_size / workers
     stream = shape.n_layer * shape.n_embd * STREAM_FLOPS
     logits = shape.padded_vocab_size * LOGIT_FLOPS
     update = shape.parameter_counts().total * UPDATE_FLOPS
@@ -66,9 +66,9 @@ def estimate_time(
 ) -> TimeEstimate | None:
     """Seconds a step, from the measured job nearest in work, else from the device's peak."""
     flops = float(spec.batch.total_batch_size) * shape.flops_per_token
-    workers = spec.resources.workers.min
+    workers = spec.possible_workers[0]
     peak = _peak(spec, device)
-    work = work_of(spec, shape)
+    work = work_of(spec, shape, workers)
     near = min(measured, key=lambda each: abs(math.log(each.work / work)), default=None)
     if near is not None:
         step_s = near.step_s * work / near.work
