@@ -339,6 +339,12 @@ class Client:
         response: pb.RevokeTokenResponse = self._connection.unary("RevokeToken", request, CALL_S)
         return response.token
 
+    def cluster(self) -> pb.GetClusterResponse:
+        """The machines: what each has, what is free, who holds what; and why queued jobs wait."""
+        request = pb.GetClusterRequest()
+        response: pb.GetClusterResponse = self._connection.unary("GetCluster", request, CALL_S)
+        return response
+
     def lineage(self, job_id: str) -> pb.GetLineageResponse:
         """The job, its parent, and so on back to fresh weights; and jobs that forked from these."""
         request = pb.GetLineageRequest(job_id=job_id)

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from service import standalone
 from service.access import Keyring
+from service.cluster import Cluster
 from service.deletions import Deletions
 from service.errors import StartError, StorageAwayError
 from service.interceptors import Gate
@@ -224,6 +225,7 @@ async def _compose(
             tokens,
             Updates(lifecycle, jobs, storage, reconciler.wake),
             deletions,
+            Cluster(jobs, lambda: reconciler.nodes, metrics.samples),
         ),
         RunServicer(jobs, records, metrics, reconciler.directive),
         served_with.credentials() if served_with else None,

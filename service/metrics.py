@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -97,6 +97,8 @@ class Metrics:
             buckets=RPC_BUCKETS_S, registry=registry,
         )  # fmt: skip
         self.rpcs = counter("rpcs_total", "Calls answered.", ("method", "code"))
+        # By job: the node that its rank 0 is on, and what GPUs there said last. Not exported.
+        self.samples: dict[str, tuple[str, Sequence[pb.DeviceSample]]] = {}
         self._states = _JobStates()
         registry.register(self._states)
         self._accounts = _Accounts()
@@ -121,8 +123,10 @@ class Metrics:
         shown = self._accounts.shown
         shown.update({a.job_id: a for a in accounts if a.job_id in shown or not a.is_final})
 
-    def observe_point(self, job: Job, point: pb.MetricPoint) -> None:
-        """What a step measured."""
+    def observe_point(self, job: Job, point: pb.MetricPoint, node_id: str = "") -> None:
+        """What a step measured; node_id: where rank 0 is."""
+        if point.devices:
+            self.samples[job.id] = (node_id, point.devices)
         labels = {"job_id": job.id, "job_name": job.spec.name}
         self.step_seconds.labels(**labels).observe(point.step_s)
         self._show_point(labels, point)
@@ -216,6 +220,7 @@ class Metrics:
             metric.remove_by_labels({"job_id": job_id})
         self._accounts.shown.pop(job_id, None)
         self._ranks.pop(job_id, None)
+        self.samples.pop(job_id, None)
 
 
 class _JobStates(Collector):

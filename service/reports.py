@@ -79,14 +79,14 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
                 # Of a job that is final series may be gone, and would come back for ever.
                 if upto - fresh < entry.sequence <= upto and not job.is_final:
                     trained |= entry.HasField("point")
-                    self._observe(job, entry)
+                    self._observe(job, entry, hello.node_id)
             if trained and job.state is JobState.STARTING:
                 await self._running(job, hello.attempt)
         return upto
 
-    def _observe(self, job: Job, entry: pb.ReportEntry) -> None:
+    def _observe(self, job: Job, entry: pb.ReportEntry, node_id: str) -> None:
         if entry.HasField("point"):
-            self._metrics.observe_point(job, entry.point)
+            self._metrics.observe_point(job, entry.point, node_id)
         else:
             self._metrics.observe_event(job, entry.event, convert.seconds(entry.time))
 

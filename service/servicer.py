@@ -1,7 +1,4 @@
-"""TrainingService's handlers: decode, call a use case, encode. Nothing is decided here.
-
-Calls that a later release fills answer UNIMPLEMENTED, which the generated base class does.
-"""
+"""TrainingService's handlers: decode, call a use case, encode. Nothing is decided here."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
 from service import convert
 from service.access import actor
+from service.cluster import Cluster
 from service.deletions import Deletions
 from service.errors import BusyError, InvalidRequestError, require
 from service.jobs import JobView
@@ -54,6 +52,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         tokens: Tokens,
         updates: Updates,
         deletions: Deletions,
+        cluster: Cluster,
     ) -> None:
         self._lifecycle = lifecycle
         self._storage = storage
@@ -63,6 +62,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         self._tokens = tokens
         self._updates = updates
         self._deletions = deletions
+        self._cluster = cluster
         self._streams = 0  # open ones
 
     async def SubmitJob(  # noqa: N802 - gRPC's name
@@ -293,6 +293,11 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     ) -> pb.RevokeTokenResponse:
         token = await self._tokens.revoke(request.name, actor())
         return pb.RevokeTokenResponse(token=convert.token_to_proto(token))
+
+    async def GetCluster(  # noqa: N802
+        self, _request: pb.GetClusterRequest, _context: Context
+    ) -> pb.GetClusterResponse:
+        return await self._cluster.look()
 
     async def SampleCheckpoint(  # noqa: N802
         self, request: pb.SampleCheckpointRequest, _context: Context

@@ -71,6 +71,7 @@ class AttemptContext:
     host_key: str = ""
     service_address: str = ""
     service_ca: str | None = None
+    node_id: str = ""
     on_claim: Callable[[int], None] = lambda number: None
     reporter: Reporter | None = None
     # Of an attempt that stands still: tells where a rank is and returns what all ranks have told;
@@ -346,7 +347,12 @@ def _reporter(context: AttemptContext, world: World, start: Start) -> Reporter:
     if not world.is_first:
         return _Silent()
     identity = AttemptIdentity(context.job_id, context.host_number, start.attempt)
-    hello = pb.Hello(job_id=context.job_id, attempt=start.attempt, start_step=start.state.step)
+    hello = pb.Hello(
+        job_id=context.job_id,
+        attempt=start.attempt,
+        start_step=start.state.step,
+        node_id=context.node_id,
+    )
     credential = attempt_credential(context.host_key, identity)
     return ServiceReporter(context.service_address, context.service_ca, credential, hello)
 

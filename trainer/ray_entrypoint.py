@@ -290,6 +290,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
             service_ca=config.service_ca,
             threads=config.cpus_per_worker,
             stall_floor_s=config.stall_floor_s,
+            node_id=ray.get_runtime_context().get_node_id(),
             on_claim=lambda number: ray.get(host.attempt_claimed.remote(number)),
             stacks=lambda rank, text: ray.get(
                 host.stack.remote(rank, text), timeout=WORD_TIMEOUT_S

@@ -16,6 +16,7 @@ import click
 
 from everstep import errors
 from everstep.cli import (
+    cluster,
     compare,
     data,
     jobs,
@@ -65,6 +66,7 @@ for _command in (
     *transfers.COMMANDS,
     *data.COMMANDS,
     *tokens.COMMANDS,
+    *cluster.COMMANDS,
 ):
     everstep.add_command(_command)
 

@@ -1045,13 +1045,39 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterResponse(_message.Message):
-    __slots__ = ("nodes",)
+    __slots__ = ("nodes", "waiting")
     NODES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
-    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
+    waiting: _containers.RepeatedCompositeFieldContainer[WaitingJob]
+    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., waiting: _Optional[_Iterable[_Union[WaitingJob, _Mapping]]] = ...) -> None: ...
+
+class WaitingJob(_message.Message):
+    __slots__ = ("job_id", "job_name", "reason")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_NAME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    job_name: str
+    reason: str
+    def __init__(self, job_id: _Optional[str] = ..., job_name: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class NodeShare(_message.Message):
+    __slots__ = ("job_id", "job_name", "workers", "gpus", "cpus")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_NAME_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    CPUS_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    job_name: str
+    workers: int
+    gpus: int
+    cpus: int
+    def __init__(self, job_id: _Optional[str] = ..., job_name: _Optional[str] = ..., workers: _Optional[int] = ..., gpus: _Optional[int] = ..., cpus: _Optional[int] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("id", "address", "gpus", "gpus_free", "cpus", "cpus_free", "job_ids")
+    __slots__ = ("id", "address", "gpus", "gpus_free", "cpus", "cpus_free", "job_ids", "gpu_type", "shares", "devices", "unused_because")
     ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
@@ -1059,6 +1085,10 @@ class Node(_message.Message):
     CPUS_FIELD_NUMBER: _ClassVar[int]
     CPUS_FREE_FIELD_NUMBER: _ClassVar[int]
     JOB_IDS_FIELD_NUMBER: _ClassVar[int]
+    GPU_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     id: str
     address: str
     gpus: int
@@ -1066,7 +1096,11 @@ class Node(_message.Message):
     cpus: int
     cpus_free: int
     job_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., gpus: _Optional[int] = ..., gpus_free: _Optional[int] = ..., cpus: _Optional[int] = ..., cpus_free: _Optional[int] = ..., job_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    gpu_type: str
+    shares: _containers.RepeatedCompositeFieldContainer[NodeShare]
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceSample]
+    unused_because: str
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., gpus: _Optional[int] = ..., gpus_free: _Optional[int] = ..., cpus: _Optional[int] = ..., cpus_free: _Optional[int] = ..., job_ids: _Optional[_Iterable[str]] = ..., gpu_type: _Optional[str] = ..., shares: _Optional[_Iterable[_Union[NodeShare, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceSample, _Mapping]]] = ..., unused_because: _Optional[str] = ...) -> None: ...
 
 class DrainNodeRequest(_message.Message):
     __slots__ = ("node_id",)
@@ -1195,14 +1229,16 @@ class ReportRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., entries: _Optional[_Iterable[_Union[ReportEntry, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("job_id", "attempt", "start_step")
+    __slots__ = ("job_id", "attempt", "start_step", "node_id")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     START_STEP_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     attempt: int
     start_step: int
-    def __init__(self, job_id: _Optional[str] = ..., attempt: _Optional[int] = ..., start_step: _Optional[int] = ...) -> None: ...
+    node_id: str
+    def __init__(self, job_id: _Optional[str] = ..., attempt: _Optional[int] = ..., start_step: _Optional[int] = ..., node_id: _Optional[str] = ...) -> None: ...
 
 class ReportEntry(_message.Message):
     __slots__ = ("sequence", "time", "event", "point")

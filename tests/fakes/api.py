@@ -19,6 +19,7 @@ from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
 from service.access import Keyring
+from service.cluster import Cluster
 from service.deletions import Deletions
 from service.interceptors import Gate
 from service.reports import RunServicer
@@ -43,7 +44,7 @@ FILLED = {
     "ListCheckpoints", "VerifyCheckpoint", "DeleteCheckpoint", "CompareJobs",
     "GetLineage", "ListMetrics",
     "ImportCheckpoint", "ExportCheckpoint", "SampleCheckpoint", "PutFile",
-    "CreateToken", "ListTokens", "RevokeToken", "UpdateJob", "DeleteJob",
+    "CreateToken", "ListTokens", "RevokeToken", "UpdateJob", "DeleteJob", "GetCluster",
 }  # fmt: skip
 TRAINING = pb.DESCRIPTOR.services_by_name["TrainingService"]
 RUN = pb.DESCRIPTOR.services_by_name["RunService"]
@@ -132,6 +133,7 @@ async def served(
                 tokens,
                 Updates(plane.lifecycle, plane.jobs, plane.storage, plane.reconciler.wake),
                 deletions,
+                Cluster(plane.jobs, lambda: plane.reconciler.nodes, plane.metrics.samples),
             ),
             RunServicer(plane.jobs, plane.records, plane.metrics, plane.reconciler.directive),
             tls.credentials() if tls else None,

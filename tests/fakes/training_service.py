@@ -124,5 +124,6 @@ for _method in (
     "RevokeToken",
     "UpdateJob",
     "DeleteJob",
+    "GetCluster",
 ):
     setattr(FakeTrainingService, _method, _handler(_method))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import urllib.request
+
 import pytest
 
 from everstep import Client
 from everstep.errors import EverstepError
 from everstep.v1 import everstep_pb2 as pb
 from tests.integration.test_first_light import digests
-from tests.stack import SMALL_JOB, Stack, wait_for_checkpoint, wait_for_state
+from tests.stack import SMALL_JOB, Stack, wait_for_checkpoint, wait_for_state, wait_until
 
 STEPS = 200
 SPEC = {**SMALL_JOB, "schedule": {"num_iterations": STEPS}}
@@ -17,6 +19,16 @@ SPEC = {**SMALL_JOB, "schedule": {"num_iterations": STEPS}}
 def outcomes(job: pb.Job) -> list[tuple[int, str]]:
     """Where each attempt started and how it ended, oldest first."""
     return [(attempt.start_step, attempt.outcome) for attempt in reversed(job.attempts)]
+
+
+def seconds_of(job: pb.Job) -> float:
+    """All kinds together."""
+    return sum(value for field, value in job.goodput.ListFields() if field.name.endswith("_s"))
+
+
+def lived(job: pb.Job) -> float:
+    """From submission to the end."""
+    return job.end_time.ToNanoseconds() / 1e9 - job.create_time.ToNanoseconds() / 1e9
 
 
 def test_a_job_paused_in_every_state_and_over_a_crash_ends_as_the_undisturbed_one(
@@ -56,9 +68,20 @@ def test_a_job_paused_in_every_state_and_over_a_crash_ends_as_the_undisturbed_on
         twice = again.resume(queued.id)
         assert twice.desired_state == pb.JOB_STATE_RUNNING, "resuming twice is safe"
         done = wait_for_state(again, queued.id, pb.JOB_STATE_SUCCEEDED)
+        before = again.get(whole.id)
+        tokens = f'everstep_tokens_total{{job_id="{done.id}",job_name="queued"}}'
+        trained = f"{tokens} {float(STEPS * done.spec.batch.total_batch_size)}"
+        url = stack.facts["metrics_url"]
+        wait_until(lambda: trained in urllib.request.urlopen(url).read().decode(), 10, trained)
     assert outcomes(done)[-1] == (stopped_at, "COMPLETED")
     assert {outcome for _, outcome in outcomes(done)[:-1]} == {"STOPPED"}
     assert digests(stack, queued.id, STEPS) == digests(stack, whole.id, STEPS)
+    # Every second of it, over three attempts, two services and two pauses.
+    goodput = done.goodput
+    for job in (done, before):
+        assert seconds_of(job) == pytest.approx(lived(job), abs=2e-6)
+    assert min(goodput.queue_s, goodput.wait_s, goodput.start_s, goodput.productive_s) > 0
+    assert goodput.recompute_s == 0, "a job that is paused loses no step"
 
 
 def test_what_can_not_be_paused_or_resumed_says_why(client: Client) -> None:

@@ -1,0 +1,92 @@
+"""GetCluster over the wire: machines, who holds what, what GPUs say, why jobs wait."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from everstep.v1 import everstep_pb2 as pb
+from service.cluster import GPU_TYPE
+from tests.fakes.api import Api, credential, hello, served
+from tests.fakes.ray_cluster import FakeRayCluster, machine
+
+GPU_JOB = {"resources": {"gpus_per_worker": 1, "cpus_per_worker": 2}}
+MACHINES = [
+    machine(1, gpus=2, cpus=8, labels={GPU_TYPE: "GeForce-RTX-4070"}),
+    machine(2, cpus=4),
+    machine(3, cpus=4, alive=False),
+    machine(4),  # the one beside the service
+]
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Api]:
+    async with served(tmp_path, FakeRayCluster(machines=list(MACHINES))) as made:
+        yield made
+
+
+async def look(api: Api) -> pb.GetClusterResponse:
+    found = await api.call("GetCluster", pb.GetClusterRequest())
+    assert isinstance(found, pb.GetClusterResponse)
+    return found
+
+
+async def test_before_ray_has_answered_nothing_is_made_up(api: Api) -> None:
+    refused = await api.refused("GetCluster", pb.GetClusterRequest())
+    assert refused.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_an_empty_cluster_shows_what_it_has_and_that_all_of_it_is_free(api: Api) -> None:
+    await api.plane.tick()
+    found = await look(api)
+    assert [(node.id, node.address) for node in found.nodes] == [
+        ("node1", "10.0.0.1"),
+        ("node2", "10.0.0.2"),
+    ]
+    first, second = found.nodes
+    assert (first.gpus, first.gpus_free, first.cpus, first.cpus_free) == (2, 2, 8, 8)
+    assert first.gpu_type == "GeForce-RTX-4070"
+    assert (second.gpus, second.cpus_free, second.gpu_type) == (0, 4, "")
+    assert not first.devices
+    assert not found.waiting
+
+
+async def test_jobs_that_hold_resources_are_where_they_are_and_others_say_why_they_wait(
+    api: Api,
+) -> None:
+    await api.plane.tick()
+    two = {**GPU_JOB["resources"], "workers": {"min": 2, "max": 2}}
+    running = (await api.submit(name="runs", resources=two)).job.id
+    waiting = (await api.submit(name="waits", **GPU_JOB)).job.id
+    await api.plane.tick()
+    found = await look(api)
+    first, second = found.nodes
+    (share,) = first.shares
+    assert (share.job_id, share.job_name, share.workers) == (running, "runs", 2)
+    assert (share.gpus, share.cpus) == (2, 4)
+    assert (first.gpus_free, first.cpus_free, list(first.job_ids)) == (0, 4, [running])
+    assert not second.shares
+    (queued,) = found.waiting
+    assert (queued.job_id, queued.job_name) == (waiting, "waits")
+    assert "needs 1 GPU" in queued.reason
+
+
+async def test_what_gpus_say_stands_at_the_node_that_rank_0_is_on(api: Api) -> None:
+    await api.plane.tick()
+    job_id = (await api.submit(**GPU_JOB)).job.id
+    await api.plane.tick()
+    entry = pb.ReportEntry(sequence=1, point=pb.MetricPoint(step=1))
+    entry.point.devices.add(index=1, memory_total_bytes=12 << 30, temperature_celsius=71)
+    greeting = hello(job_id)
+    greeting.hello.node_id = "node1"
+    await api.report(credential(job_id), [greeting, pb.ReportRequest(entries=[entry])])
+    first, second = (await look(api)).nodes
+    (device,) = first.devices
+    assert (device.index, device.temperature_celsius) == (1, 71)
+    assert not device.HasField("power_watts")
+    assert not second.devices
+    api.plane.metrics.forget(job_id)
+    assert not (await look(api)).nodes[0].devices
