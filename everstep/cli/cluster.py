@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from everstep.cli import output as shown
+from everstep.cli.join import join
 from everstep.cli.options import json_option
 from everstep.client import Client
 from everstep.v1 import everstep_pb2 as pb
@@ -78,5 +79,7 @@ def _table(*names: str) -> Table:
         table.add_column(name, no_wrap=name in ("node", "address", "waiting"))
     return table
 
+
+cluster.add_command(join)
 
 COMMANDS = (cluster,)
