@@ -345,6 +345,12 @@ class Client:
         response: pb.GetClusterResponse = self._connection.unary("GetCluster", request, CALL_S)
         return response
 
+    def drain(self, node: str, undo: bool = False) -> Sequence[str]:
+        """Move all jobs off a node, and put nothing there; undo: let jobs onto it again."""
+        request = pb.DrainNodeRequest(node_id=node, undo=undo)
+        response: pb.DrainNodeResponse = self._connection.unary("DrainNode", request, STOP_S)
+        return response.job_ids
+
     def lineage(self, job_id: str) -> pb.GetLineageResponse:
         """The job, its parent, and so on back to fresh weights; and jobs that forked from these."""
         request = pb.GetLineageRequest(job_id=job_id)

@@ -35,11 +35,20 @@ from service.server import Server
 from service.servicer import TrainingServicer
 from service.settings import Settings
 from service.storage import Storage
-from service.store import Database, DeletionStore, JobStore, RecordStore, Thinning, TokenStore
+from service.store import (
+    Database,
+    DeletionStore,
+    DrainStore,
+    JobStore,
+    RecordStore,
+    Thinning,
+    TokenStore,
+)
 from service.tls import Certificate, certificate
 from service.tokens import Tokens
 from service.transfers import Transfers
 from service.updates import Updates
+from service.upkeep import Upkeep
 from service.uploads import Uploads
 from trainer.contract.credential import host_key
 from trainer.storage.object_store import ObjectStore, StoreError, open_store, probe
@@ -210,7 +219,9 @@ async def _compose(
     tokens = Tokens(TokenStore(database), keyring)
     await tokens.load()
     jobs, records = JobStore(database), RecordStore(database)
-    reconciler = Reconciler(jobs, cluster, metrics, host_config)
+    upkeep = Upkeep(DrainStore(database))
+    await upkeep.load()
+    reconciler = Reconciler(jobs, cluster, metrics, host_config, upkeep.mark)
     storage = Storage(store, settings.data_roots)
     lifecycle = Lifecycle(database, storage, lambda: reconciler.nodes, reconciler.wake)
     deletions = Deletions(lifecycle, jobs, DeletionStore(database), storage, metrics)
@@ -225,7 +236,9 @@ async def _compose(
             tokens,
             Updates(lifecycle, jobs, storage, reconciler.wake),
             deletions,
-            Cluster(jobs, lambda: reconciler.nodes, metrics.samples),
+            Cluster(
+                jobs, records, lambda: reconciler.nodes, metrics.samples, upkeep, reconciler.wake
+            ),
         ),
         RunServicer(jobs, records, metrics, reconciler.directive),
         served_with.credentials() if served_with else None,

@@ -1,20 +1,25 @@
-"""The machines as people see them: what each has, who holds what there, and why others wait.
+"""The machines as people see them: what each has, who holds what there, and why others wait; drain.
 
-Works nothing out that decides anything: the scheduler does. Absent figures stay absent.
+Decides nothing: the scheduler does, by what upkeep says of a node. Absent figures stay absent.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from everstep.v1 import everstep_pb2 as pb
-from service.errors import ClusterAwayError
+from service import events
+from service.errors import ClusterAwayError, NodeNotFoundError, require
 from service.jobs import Job
 from service.placement import Node
 from service.scheduler import worker_of
-from service.store import JobStore
+from service.store import JobStore, RecordStore
+from service.upkeep import Upkeep
 from trainer.contract.states import JobState
 
+LOOK_S = 0.2  # how often a drain looks whether a node is empty
 GPU_TYPE = "ray.io/accelerator-type"  # the label that Ray gives a node with GPUs
 
 
@@ -24,30 +29,86 @@ class Cluster:
     def __init__(
         self,
         jobs: JobStore,
+        records: RecordStore,
         nodes: Callable[[], Sequence[Node] | None],
         samples: Mapping[str, tuple[str, Sequence[pb.DeviceSample]]],
+        upkeep: Upkeep,
+        wake: Callable[[], None],
     ) -> None:
-        """nodes: the cluster's, None while unknown. samples: see Metrics.samples."""
+        """nodes: the cluster's, None while unknown. samples: see Metrics.samples.
+
+        wake: makes the reconciler look now.
+        """
         self._jobs = jobs
+        self._records = records
         self._nodes = nodes
         self._samples = samples
+        self._upkeep = upkeep
+        self._wake = wake
 
     async def look(self) -> pb.GetClusterResponse:
         """All machines; ClusterAwayError while none is known."""
-        nodes = self._nodes()
-        if nodes is None:
-            raise ClusterAwayError("Ray has not answered since the service started")
+        nodes = self._known()
         jobs = await self._jobs.unfinished()
         holding = [job for job in jobs if job.holds_resources]
         queued = [job for job in jobs if job.state is JobState.QUEUED]
         queued.sort(key=lambda job: (-job.spec.priority, job.submission))
         return pb.GetClusterResponse(
-            nodes=[self._node(node, holding) for node in nodes if node.alive and any_of(node)],
+            nodes=[self._node(node, holding) for node in nodes],
             waiting=[
                 pb.WaitingJob(job_id=job.id, job_name=job.spec.name, reason=job.reason)
                 for job in queued
             ],
         )
+
+    async def drain(self, name: str, actor: str = "") -> list[str]:
+        """Put nothing more on a node, and wait until all that is there has left, with a checkpoint.
+
+        name: its address, or the beginning of its id. Returns the jobs that were there; each goes
+        on elsewhere, or is queued. Safe to repeat.
+
+        Raises:
+            NodeNotFoundError: there is none, or several.
+        """
+        node = self._find(name)
+        await self._upkeep.drain(node, actor)
+        moved = await self._there(node)
+        for job_id in moved:
+            told = events.requested(f"drain node {node.address}", actor, time.time())
+            await self._records.append(job_id, [told])
+        self._wake()
+        # A decision under way may still know the node as it was.
+        while not self._is_draining(node) or await self._there(node):
+            await asyncio.sleep(LOOK_S)
+        return moved
+
+    async def undrain(self, name: str) -> None:
+        """Let jobs onto a node again; NodeNotFoundError. Safe to repeat."""
+        await self._upkeep.undo(self._find(name).address)
+        self._wake()
+
+    def _is_draining(self, node: Node) -> bool:
+        return all(each.draining for each in self._nodes() or () if each.id == node.id)
+
+    async def _there(self, node: Node) -> list[str]:
+        jobs = await self._jobs.unfinished()
+        return [job.id for job in jobs if job.holds_resources and node.id in job.placement]
+
+    def _known(self) -> Sequence[Node]:
+        nodes = self._nodes()
+        if nodes is None:
+            raise ClusterAwayError("Ray has not answered since the service started")
+        return [node for node in nodes if node.alive and (node.gpus > 0 or node.cpus > 0)]
+
+    def _find(self, name: str) -> Node:
+        require(name != "", "node_id: say which node: its address, or the beginning of its id")
+        known = self._known()
+        found = [node for node in known if node.address == name or node.id.startswith(name)]
+        if len(found) != 1:
+            there = ", ".join(node.address for node in known)
+            several = f"{len(found)} nodes are" if found else "no node is"
+            raise NodeNotFoundError(f"node_id: {name[:80]!r}: {several} called so; there: {there}")
+        return found[0]
 
     def _node(self, node: Node, holding: Iterable[Job]) -> pb.Node:
         shares = [
@@ -71,13 +132,8 @@ class Cluster:
             gpu_type=node.labels.get(GPU_TYPE, ""),
             shares=shares,
             devices=[devices[index] for index in sorted(devices)],
-            unused_because="it is being drained" if node.draining else "",
+            unused_because=self._upkeep.why_unused(node),
         )
-
-
-def any_of(node: Node) -> bool:
-    """Whether it has anything to give: the node beside the service has not."""
-    return node.gpus > 0 or node.cpus > 0
 
 
 def _share(job: Job, number: int) -> pb.NodeShare:

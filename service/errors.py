@@ -35,6 +35,12 @@ class TokenNotFoundError(JobNotFoundError):
     reason = "TOKEN_NOT_FOUND"
 
 
+class NodeNotFoundError(JobNotFoundError):
+    """No such node: check the address."""
+
+    reason = "NODE_NOT_FOUND"
+
+
 class RequestReusedError(ServiceError):
     """The request_id was used for another submission: choose a new one."""
 

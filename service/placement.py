@@ -50,7 +50,8 @@ class Node:
     """One machine. id: Ray's, another one each time that the machine joins.
 
     gpus, cpus: whole, all that Ray may give away there. alive: Ray still lists a machine that is
-    gone. draining: it is about to go; nothing new starts there and what is there leaves.
+    gone. draining: it is about to go; nothing new starts there and what is there leaves. kept_out:
+    why it must hold nothing; empty: it may.
     """
 
     id: str
@@ -59,12 +60,13 @@ class Node:
     cpus: int
     alive: bool = True
     draining: bool = False
+    kept_out: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:
         """Whether workers may be there."""
-        return self.alive and not self.draining
+        return self.alive and not self.draining and not self.kept_out
 
     @property
     def capacity(self) -> Capacity:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -64,8 +64,10 @@ class Reconciler:
         cluster: RayCluster,
         metrics: Metrics,
         host_config: Callable[[Job], dict[str, Any]],
+        mark: Callable[[Iterable[Node]], tuple[Node, ...]] = tuple,
     ) -> None:
-        """host_config: what the host of a job is told."""
+        """host_config: what the host of a job is told. mark: which nodes may not be used."""
+        self._mark = mark
         self._jobs = jobs
         self._cluster = cluster
         self._metrics = metrics
@@ -127,7 +129,7 @@ class Reconciler:
         for job in jobs:
             if not job.holds_resources:
                 await self._settle_idle(job)
-        self.nodes = tuple(await self._cluster.nodes())
+        self.nodes = self._mark(await self._cluster.nodes())
         hosts = await self._cluster.hosts()
         self._metrics.cluster_up.set(1)
         # Read again: a host is younger than the job that it belongs to.

@@ -299,6 +299,14 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     ) -> pb.GetClusterResponse:
         return await self._cluster.look()
 
+    async def DrainNode(  # noqa: N802
+        self, request: pb.DrainNodeRequest, _context: Context
+    ) -> pb.DrainNodeResponse:
+        if request.undo:
+            await self._cluster.undrain(request.node_id)
+            return pb.DrainNodeResponse()
+        return pb.DrainNodeResponse(job_ids=await self._cluster.drain(request.node_id, actor()))
+
     async def SampleCheckpoint(  # noqa: N802
         self, request: pb.SampleCheckpointRequest, _context: Context
     ) -> AsyncIterator[pb.SampleCheckpointResponse]:

@@ -80,6 +80,25 @@ def _table(*names: str) -> Table:
     return table
 
 
+@cluster.command()
+@click.argument("node")
+@click.option("--undo", is_flag=True, help="Let jobs onto it again.")
+@json_option
+def drain(node: str, undo: bool, output: str) -> None:
+    """Move all jobs off NODE (its address, or the beginning of its id), and put nothing there.
+
+    Waits until the last has left, each with a checkpoint. Needs a token of role admin.
+    """
+    with Client() as client:
+        moved = client.drain(node, undo)
+    if output == "json":
+        shown.write_json(pb.DrainNodeResponse(job_ids=moved))
+    elif undo:
+        click.echo(f"jobs may be on {node} again")
+    else:
+        click.echo(f"{node} is empty; left it: {', '.join(moved) or 'nobody was there'}")
+
+
 cluster.add_command(join)
 
 COMMANDS = (cluster,)

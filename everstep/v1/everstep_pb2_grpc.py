@@ -324,7 +324,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainNode(self, request, context):
-        """Moves jobs off a node, each with a checkpoint first.
+        """Puts nothing more on a node, and moves jobs off it, each with a checkpoint first; answers once
+        none is left there. Stays so, whatever is started again, until it is undone. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -121,6 +121,15 @@ tokens = sa.Table(
     sa.Column("revoked_at", sa.Float, nullable=True),
 )
 
+# Machines on which nothing may be, by address: Ray names one anew each time that it joins.
+drains = sa.Table(
+    "drains",
+    metadata,
+    sa.Column("address", sa.String(255), primary_key=True),
+    sa.Column("actor", sa.String(64), nullable=False),
+    sa.Column("asked_at", sa.Float, nullable=False),
+)
+
 # Tombstones: what remains of jobs that were deleted, or are about to be.
 deletions = sa.Table(
     "deletions",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -12,6 +14,8 @@ from everstep.v1 import everstep_pb2 as pb
 from service.cluster import GPU_TYPE
 from tests.fakes.api import Api, credential, hello, served
 from tests.fakes.ray_cluster import FakeRayCluster, machine
+from trainer.contract import build
+from trainer.contract.outcome import AttemptResult, Outcome
 
 GPU_JOB = {"resources": {"gpus_per_worker": 1, "cpus_per_worker": 2}}
 MACHINES = [
@@ -90,3 +94,67 @@ async def test_what_gpus_say_stands_at_the_node_that_rank_0_is_on(api: Api) -> N
     assert not second.devices
     api.plane.metrics.forget(job_id)
     assert not (await look(api)).nodes[0].devices
+
+
+async def test_a_drained_node_is_left_by_its_jobs_and_taken_by_nobody_until_it_is_undone(
+    tmp_path: Path,
+) -> None:
+    machines = [machine(1, cpus=4), machine(2, cpus=4)]
+    cluster = FakeRayCluster(machines=machines)
+    async with served(tmp_path, cluster) as api:
+        await api.plane.tick()
+        first, second = [(await api.submit()).job.id for _ in range(2)]
+        await api.plane.tick()
+        (there,) = (await api.plane.job(first)).placement[:1]
+        both = {(await api.plane.job(each)).placement for each in (first, second)}
+        assert both == {("node1",)} or both == {("node1",), ("node2",)}
+        address = f"10.0.0.{there[-1]}"
+        call = asyncio.create_task(api.call("DrainNode", pb.DrainNodeRequest(node_id=address)))
+        moved: set[str] = set()
+        while not call.done():
+            await api.plane.tick()
+            for key in [key for key in cluster.stopped if key in cluster.known]:
+                # Each stops with a checkpoint, as it was told.
+                cluster.ends(key, AttemptResult(1, Outcome.STOPPED, "stopped as asked", 5))
+                moved.add(key[0])
+            await asyncio.sleep(0.01)
+        assert set((await call).job_ids) == moved >= {first}
+        found = await look(api)
+        drained = next(node for node in found.nodes if node.address == address)
+        assert not drained.shares
+        assert "drained by admin" in drained.unused_because
+        messages = await api.plane.messages(first)
+        assert f"drain node {address}" in messages
+        third = (await api.submit()).job.id
+        await api.plane.tick(2)
+        assert there not in (await api.plane.job(third)).placement
+    # The next service still knows, whatever id Ray gives the machine now.
+    again = FakeRayCluster(machines=[replace(each, id=f"{each.id}-anew") for each in machines])
+    async with served(tmp_path, again) as api:
+        await api.plane.tick(3)
+        holding = [job for job in await api.plane.jobs.unfinished() if job.holds_resources]
+        assert all(f"{there}-anew" not in job.placement for job in holding)
+        undone = pb.DrainNodeRequest(node_id=f"{there}-anew", undo=True)
+        await api.call("DrainNode", undone)
+        await api.plane.tick(2)
+        assert not any(node.unused_because for node in (await look(api)).nodes)
+
+
+async def test_a_node_with_other_software_holds_nothing_and_says_why(tmp_path: Path) -> None:
+    other = {**build.labels(), "everstep/torch": "1.0"}
+    machines = [machine(1, cpus=8, labels=other), machine(2, cpus=4, labels=build.labels())]
+    async with served(tmp_path, FakeRayCluster(machines=machines)) as api:
+        await api.plane.tick()
+        job_id = (await api.submit()).job.id
+        await api.plane.tick()
+        assert set((await api.plane.job(job_id)).placement) == {"node2"}
+        first, second = (await look(api)).nodes
+        assert first.unused_because.startswith("it runs torch 1.0 instead of ")
+        assert second.unused_because == ""
+
+
+async def test_what_is_no_node_can_not_be_drained(api: Api) -> None:
+    await api.plane.tick()
+    for name, words in (("10.9.9.9", "no node is"), ("node", "2 nodes are"), ("", "say which")):
+        refused = await api.refused("DrainNode", pb.DrainNodeRequest(node_id=name))
+        assert words in (refused.details() or ""), name

@@ -38,14 +38,6 @@ from trainer.contract.credential import AttemptIdentity, attempt_credential, hos
 
 ADMIN = "the-admin's"
 SECRET = bytes(range(32))
-FILLED = {
-    "SubmitJob", "PlanJob", "GetJob", "ListJobs", "WatchJob", "PauseJob", "ResumeJob", "CancelJob",
-    "StreamLogs",
-    "ListCheckpoints", "VerifyCheckpoint", "DeleteCheckpoint", "CompareJobs",
-    "GetLineage", "ListMetrics",
-    "ImportCheckpoint", "ExportCheckpoint", "SampleCheckpoint", "PutFile",
-    "CreateToken", "ListTokens", "RevokeToken", "UpdateJob", "DeleteJob", "GetCluster",
-}  # fmt: skip
 TRAINING = pb.DESCRIPTOR.services_by_name["TrainingService"]
 RUN = pb.DESCRIPTOR.services_by_name["RunService"]
 
@@ -133,7 +125,14 @@ async def served(
                 tokens,
                 Updates(plane.lifecycle, plane.jobs, plane.storage, plane.reconciler.wake),
                 deletions,
-                Cluster(plane.jobs, lambda: plane.reconciler.nodes, plane.metrics.samples),
+                Cluster(
+                    plane.jobs,
+                    plane.records,
+                    lambda: plane.reconciler.nodes,
+                    plane.metrics.samples,
+                    plane.upkeep,
+                    plane.reconciler.wake,
+                ),
             ),
             RunServicer(plane.jobs, plane.records, plane.metrics, plane.reconciler.directive),
             tls.credentials() if tls else None,

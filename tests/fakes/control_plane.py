@@ -17,7 +17,8 @@ from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.reconciler import Reconciler
 from service.storage import Storage
-from service.store import Database, DeletionStore, JobStore, RecordStore
+from service.store import Database, DeletionStore, DrainStore, JobStore, RecordStore
+from service.upkeep import Upkeep
 from tests.fakes.corpus import CORPUS, TOKENIZER
 from tests.fakes.ray_cluster import FakeRayCluster
 from trainer.contract.spec import JobSpec
@@ -67,11 +68,13 @@ class ControlPlane:
     storage: Storage = field(init=False)
     lifecycle: Lifecycle = field(init=False)
     deletions: DeletionStore = field(init=False)
+    upkeep: Upkeep = field(init=False)
 
     def __post_init__(self) -> None:
         self.jobs, self.records = JobStore(self.database), RecordStore(self.database)
         self.deletions = DeletionStore(self.database)
         self.metrics = Metrics(CollectorRegistry())
+        self.upkeep = Upkeep(DrainStore(self.database))
         self.reconciler = Reconciler(
             self.jobs,
             self.cluster,  # type: ignore[arg-type] # the same methods
@@ -81,6 +84,7 @@ class ControlPlane:
                 "host_number": job.host_number,
                 "placement": job.placement,
             },
+            self.upkeep.mark,
         )
         self.storage = Storage(self.store)
         self.lifecycle = Lifecycle(
@@ -145,8 +149,10 @@ async def control_plane(
     """A service over a folder; entered again on the same folder, it is the restarted service."""
     database = await Database.open(folder / "everstep.db")
     try:
-        yield ControlPlane(
+        plane = ControlPlane(
             database, cluster or FakeRayCluster(), store or open_store(f"file:{folder}/bucket")
         )
+        await plane.upkeep.load()
+        yield plane
     finally:
         await database.close()

@@ -125,5 +125,6 @@ for _method in (
     "UpdateJob",
     "DeleteJob",
     "GetCluster",
+    "DrainNode",
 ):
     setattr(FakeTrainingService, _method, _handler(_method))
