@@ -20,7 +20,6 @@ from service.upkeep import Upkeep
 from trainer.contract.states import JobState
 
 LOOK_S = 0.2  # how often a drain looks whether a node is empty
-GPU_TYPE = "ray.io/accelerator-type"  # the label that Ray gives a node with GPUs
 
 
 class Cluster:
@@ -129,7 +128,7 @@ class Cluster:
             cpus=node.cpus,
             cpus_free=max(node.cpus - sum(share.cpus for share in shares), 0),
             job_ids=[share.job_id for share in shares],
-            gpu_type=node.labels.get(GPU_TYPE, ""),
+            gpu_type=node.gpu_type,
             shares=shares,
             devices=[devices[index] for index in sorted(devices)],
             unused_because=self._upkeep.why_unused(node),

@@ -9,26 +9,34 @@ size, and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from trainer.contract.devices import plain
+
+GPU_TYPE = "ray.io/accelerator-type"  # the label that Ray gives a node with GPUs
 # The node of each worker of a job, by the id that Ray gave the node.
 Placement = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """GPUs and CPUs, of a cluster, of a node, or of what is left of it."""
+    """GPUs and CPUs, of a cluster, of a node, or of what is left of it; and of a worker's need.
+
+    gpu_type: what a node has, or a worker asks for, as trainer.contract.devices spells it; empty:
+    unknown, or any.
+    """
 
     gpus: int
     cpus: int
+    gpu_type: str = ""
 
     def minus(self, need: Capacity) -> Capacity:
         """What is left; may be negative where more is held than there is."""
-        return Capacity(self.gpus - need.gpus, self.cpus - need.cpus)
+        return replace(self, gpus=self.gpus - need.gpus, cpus=self.cpus - need.cpus)
 
     def plus(self, given: Capacity) -> Capacity:
         """What there is with what somebody gives back."""
-        return Capacity(self.gpus + given.gpus, self.cpus + given.cpus)
+        return replace(self, gpus=self.gpus + given.gpus, cpus=self.cpus + given.cpus)
 
     def holds(self, need: Capacity) -> bool:
         """Whether need fits in this."""
@@ -36,10 +44,12 @@ class Capacity:
 
     def times(self, number: int) -> Capacity:
         """What so many need."""
-        return Capacity(self.gpus * number, self.cpus * number)
+        return replace(self, gpus=self.gpus * number, cpus=self.cpus * number)
 
     def slots(self, worker: Capacity) -> int:
         """How many such workers fit in this."""
+        if worker.gpu_type not in ("", self.gpu_type):
+            return 0
         by_cpus = self.cpus // worker.cpus
         by_gpus = self.gpus // worker.gpus if worker.gpus else by_cpus
         return max(min(by_cpus, by_gpus), 0)
@@ -71,7 +81,12 @@ class Node:
     @property
     def capacity(self) -> Capacity:
         """All that it has."""
-        return Capacity(self.gpus, self.cpus)
+        return Capacity(self.gpus, self.cpus, plain(self.gpu_type)[0])
+
+    @property
+    def gpu_type(self) -> str:
+        """What its GPUs are, as Ray names them; empty where it doesn't."""
+        return self.labels.get(GPU_TYPE, "")
 
 
 def whole(nodes: Iterable[Node]) -> Capacity:

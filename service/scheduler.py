@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from service.jobs import Job
 from service.placement import Capacity, Node, Placement, Room, whole
+from trainer.contract.devices import plain
 from trainer.contract.spec import ResourcesSpec, Sizing
 from trainer.contract.states import JobState
 
@@ -44,7 +45,8 @@ class Decision:
 
 def worker_of(resources: ResourcesSpec) -> Capacity:
     """What one worker takes of its node."""
-    return Capacity(resources.gpus_per_worker, resources.cpus_per_worker)
+    wanted = plain(resources.gpu_type)[0] if resources.gpu_type else ""
+    return Capacity(resources.gpus_per_worker, resources.cpus_per_worker, wanted)
 
 
 def numbers_of(job: Job) -> tuple[int, ...]:
@@ -63,6 +65,12 @@ def shortfall(resources: ResourcesSpec, least: int, nodes: Iterable[Node]) -> di
     worker, found = worker_of(resources), {}
     if Room(nodes).slots(worker) >= least:
         return {}
+    if worker.gpu_type:
+        types = sorted({node.gpu_type for node in nodes if node.gpu_type})
+        nodes = [node for node in nodes if node.capacity.gpu_type == worker.gpu_type]
+        if not nodes:
+            there = f"there are {', '.join(types)}" if types else "no node names its GPUs"
+            return {"gpu_type": f"no node has GPUs of type {resources.gpu_type}: {there}"}
     need, total = worker.times(least), whole(nodes)
     for unit in ("gpu", "cpu"):
         field = f"{unit}s_per_worker"
@@ -162,7 +170,8 @@ def _largest(room: Room, job: Job, numbers: Sequence[int]) -> Placement | None:
 
 
 def _words(capacity: Capacity) -> str:
-    return f"{capacity.gpus} GPU and {capacity.cpus} CPU"
+    kind = f" of type {capacity.gpu_type}" if capacity.gpu_type else ""
+    return f"{capacity.gpus} GPU{kind} and {capacity.cpus} CPU"
 
 
 class _Round:

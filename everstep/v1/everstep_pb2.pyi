@@ -277,16 +277,18 @@ class CheckpointSpec(_message.Message):
     def __init__(self, every_steps: _Optional[int] = ..., every_s: _Optional[int] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_best: _Optional[bool] = ...) -> None: ...
 
 class ResourcesSpec(_message.Message):
-    __slots__ = ("workers", "gpus_per_worker", "cpus_per_worker", "wait_for_nodes")
+    __slots__ = ("workers", "gpus_per_worker", "cpus_per_worker", "wait_for_nodes", "gpu_type")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     GPUS_PER_WORKER_FIELD_NUMBER: _ClassVar[int]
     CPUS_PER_WORKER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FOR_NODES_FIELD_NUMBER: _ClassVar[int]
+    GPU_TYPE_FIELD_NUMBER: _ClassVar[int]
     workers: WorkersSpec
     gpus_per_worker: int
     cpus_per_worker: int
     wait_for_nodes: bool
-    def __init__(self, workers: _Optional[_Union[WorkersSpec, _Mapping]] = ..., gpus_per_worker: _Optional[int] = ..., cpus_per_worker: _Optional[int] = ..., wait_for_nodes: _Optional[bool] = ...) -> None: ...
+    gpu_type: str
+    def __init__(self, workers: _Optional[_Union[WorkersSpec, _Mapping]] = ..., gpus_per_worker: _Optional[int] = ..., cpus_per_worker: _Optional[int] = ..., wait_for_nodes: _Optional[bool] = ..., gpu_type: _Optional[str] = ...) -> None: ...
 
 class WorkersSpec(_message.Message):
     __slots__ = ("min", "max", "policy", "cooldown_s")

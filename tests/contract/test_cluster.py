@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
-from service.cluster import GPU_TYPE
+from service.placement import GPU_TYPE
 from tests.fakes.api import Api, credential, hello, served
 from tests.fakes.ray_cluster import FakeRayCluster, machine
 from trainer.contract import build

@@ -38,7 +38,13 @@ priority: 0
 preemptible: false
 """  # noqa: E501
 # Fields without a value of their own: their comments say what stands for them.
-WORDED = {"model.n_kv_head", "model.vocab_size", "optimizer.grad_clip_norm", "start.from"}
+WORDED = {
+    "model.n_kv_head",
+    "model.vocab_size",
+    "optimizer.grad_clip_norm",
+    "start.from",
+    "resources.gpu_type",
+}
 
 
 def proto_fields(message: Descriptor, prefix: str = "") -> Iterator[tuple[str, FieldDescriptor]]:

@@ -25,6 +25,7 @@ def cross_check(spec: JobSpec, broken: set[str] | frozenset[str]) -> list[Violat
         (("model", "evaluate"), _check_evaluate),
         (("schedule", "start"), _check_anchor),
         (("resources",), _check_workers),
+        (("resources",), _check_gpu_type),
     ]
     found: list[Violation] = []
     for sections, check in checks:
@@ -81,6 +82,13 @@ def _check_batch(spec: JobSpec) -> list[Violation]:
             f"micro-batches of {micro} tokens"
         )
     return [Violation("batch.total_batch_size", total, reason)]
+
+
+def _check_gpu_type(spec: JobSpec) -> list[Violation]:
+    wanted = spec.resources.gpu_type
+    if wanted is None or spec.resources.gpus_per_worker:
+        return []
+    return [Violation("resources.gpu_type", wanted, "needs gpus_per_worker: 1")]
 
 
 def _check_evaluate(spec: JobSpec) -> list[Violation]:

@@ -74,8 +74,8 @@ def find_device(
     name: str, memory_bytes: int | None = None, free_bytes: int | None = None
 ) -> Device:
     """A device by its name ("NVIDIA GeForce RTX 4070", "rtx 4060 ti 16gb") and its memory."""
-    wanted, told_gib = _plain(name)
-    variants = next((rows for known, rows in _TABLE.items() if _plain(known)[0] == wanted), ())
+    wanted, told_gib = plain(name)
+    variants = next((rows for known, rows in _TABLE.items() if plain(known)[0] == wanted), ())
     size = memory_bytes if memory_bytes is not None else told_gib and told_gib * GIB
     if size:
         variants = tuple(row for row in variants if abs(row[0] * GIB / size - 1) < SAME_MEMORY)
@@ -87,7 +87,7 @@ def find_device(
     return Device(name, memory_bytes, peak, share if peak else None, free_bytes)
 
 
-def _plain(name: str) -> tuple[str, int | None]:
+def plain(name: str) -> tuple[str, int | None]:
     """A name without maker and spacing, and the memory that it tells."""
     text = name.lower().replace("nvidia", "").replace("geforce", "")
     memory = re.search(r"\b(\d+) ?gi?b\b", text)

@@ -240,6 +240,7 @@ class ResourcesSpec(Section):
     gpus_per_worker: int = Field(1, ge=0, le=1)
     cpus_per_worker: int = Field(2, ge=1, le=4096)
     wait_for_nodes: bool = False
+    gpu_type: str | None = Field(None, min_length=1, max_length=64)
 
 
 class PrecisionSpec(Section):
