@@ -110,17 +110,6 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Account:
-    """A job's ledger with what its metrics are labelled with and multiplied by."""
-
-    job_id: str
-    job_name: str
-    tokens_a_step: int
-    is_final: bool
-    ledger: Ledger
-
-
-@dataclass(frozen=True)
 class Record:
     """One entry of a job's stream; body is a serialised everstep.v1.WatchJobResponse."""
 

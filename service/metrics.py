@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from everstep.v1 import everstep_pb2 as pb
-from service.jobs import Account, Job, JobView
+from service.jobs import Job, JobView
 from trainer.contract.states import JobState
 
 JOB = ("job_id", "job_name")
@@ -118,10 +118,10 @@ class Metrics:
         """Ids of the jobs whose accounts are shown."""
         return list(self._accounts.shown)
 
-    def set_accounts(self, accounts: Iterable[Account]) -> None:
+    def set_accounts(self, accounts: Iterable[JobView]) -> None:
         """What the store adds up; a final job that was dropped meanwhile stays out."""
-        shown = self._accounts.shown
-        shown.update({a.job_id: a for a in accounts if a.job_id in shown or not a.is_final})
+        shown, jobs = self._accounts.shown, {each.job.id: each for each in accounts}
+        shown |= {i: each for i, each in jobs.items() if i in shown or not each.job.is_final}
 
     def observe_point(self, job: Job, point: pb.MetricPoint, node_id: str = "") -> None:
         """What a step measured; node_id: where rank 0 is."""
@@ -253,7 +253,7 @@ class _Accounts(Collector):
     }
 
     def __init__(self) -> None:
-        self.shown: dict[str, Account] = {}
+        self.shown: dict[str, JobView] = {}
 
     def collect(self) -> Iterable[Metric]:
         families = {
@@ -267,10 +267,12 @@ class _Accounts(Collector):
         )
         now = time.time()
         for account in list(self.shown.values()):  # a scrape has a thread of its own
-            of, ledger = (account.job_id, account.job_name), account.ledger
+            job, ledger = account.job, account.progress.ledger
+            assert ledger is not None, "the store gives no others"
+            of = (job.id, job.spec.name)
             for kind, seconds in ledger.at(now).items():
                 families["goodput_seconds"].add_metric((*of, kind), seconds)
-            families["tokens"].add_metric(of, ledger.steps * account.tokens_a_step)
+            families["tokens"].add_metric(of, ledger.steps * job.spec.batch.total_batch_size)
             families["data_wait_seconds"].add_metric(of, ledger.seconds["data"])
             families["checkpoint_stall_seconds"].add_metric(of, ledger.stalled_s)
             families["checkpoint_postponed_seconds"].add_metric(of, ledger.postponed_s)

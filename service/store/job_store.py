@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.jobs import Account, Attempt, Desired, Job, JobView, Progress
+from service.jobs import Attempt, Desired, Job, JobView, Progress
 from service.ledger import Ledger
 from service.store.database import Database
 from service.store.record_store import NewRecord, append_records
@@ -100,26 +100,14 @@ class JobStore:
         async with self._database.read() as connection:
             return {JobState(state): count for state, count in await connection.execute(query)}
 
-    async def accounts(self, job_ids: Collection[str]) -> list[Account]:
-        """Of jobs that are not final, and of these."""
+    async def accounts(self, job_ids: Collection[str]) -> list[JobView]:
+        """Of jobs that are not final, and of these: those with a ledger."""
         unfinished = [state.value for state in JobState if state not in FINAL]
-        query = (
-            sa.select(jobs.c.id, jobs.c.spec, jobs.c.state, progress.c.ledger)
-            .join(progress, progress.c.job_id == jobs.c.id)
-            .where(sa.or_(jobs.c.state.in_(unfinished), jobs.c.id.in_(job_ids)))
-        )
+        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
+        wanted = sa.or_(jobs.c.state.in_(unfinished), jobs.c.id.in_(job_ids))
         async with self._database.read() as connection:
-            return [
-                Account(
-                    job_id,
-                    spec.name,
-                    spec.batch.total_batch_size,
-                    JobState(state) in FINAL,
-                    Ledger.from_dict(kept),
-                )
-                for job_id, spec, state, kept in await connection.execute(query)
-                if kept
-            ]
+            rows = await connection.execute(query.where(wanted, progress.c.ledger.is_not(None)))
+            return [JobView(_job(row), _progress(row)) for row in rows]
 
     async def view(self, job_id: str) -> JobView | None:
         """One job with its progress and attempts, newest attempt first."""
