@@ -9,10 +9,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 
+from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from service.placement import GPU_TYPE
-from tests.fakes.api import Api, credential, hello, served
+from tests.fakes.api import Api, credential, details, hello, served
+from tests.fakes.control_plane import TINY, changed
 from tests.fakes.ray_cluster import FakeRayCluster, machine
 from trainer.contract import build
 from trainer.contract.outcome import AttemptResult, Outcome
@@ -76,6 +79,24 @@ async def test_jobs_that_hold_resources_are_where_they_are_and_others_say_why_th
     (queued,) = found.waiting
     assert (queued.job_id, queued.job_name) == (waiting, "waits")
     assert "needs 1 GPU" in queued.reason
+
+
+async def test_a_type_that_no_node_has_is_refused_or_waited_for(api: Api) -> None:
+    await api.plane.tick()
+    wanted = {**GPU_JOB["resources"], "gpu_type": "H100"}
+    spec = dict_to_proto(changed(TINY, resources=wanted))
+    refused = await api.refused("SubmitJob", pb.SubmitJobRequest(spec=spec))
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = details(refused, error_details_pb2.BadRequest).field_violations
+    assert violation.field == "resources.gpu_type"
+    assert "no node has GPUs of type H100: there are GeForce-RTX-4070" in violation.description
+    await api.submit(resources={**wanted, "wait_for_nodes": True})
+    await api.submit(resources={**wanted, "gpu_type": "RTX 4070"})
+    await api.plane.tick()
+    found = await look(api)
+    (waits,) = found.waiting
+    assert waits.reason == "no node has GPUs of type H100: there are GeForce-RTX-4070"
+    assert found.nodes[0].gpus_free == 1
 
 
 async def test_what_gpus_say_stands_at_the_node_that_rank_0_is_on(api: Api) -> None:
