@@ -237,7 +237,13 @@ async def _compose(
             Updates(lifecycle, jobs, storage, reconciler.wake),
             deletions,
             Cluster(
-                jobs, records, lambda: reconciler.nodes, metrics.samples, upkeep, reconciler.wake
+                jobs,
+                records,
+                lambda: reconciler.nodes,
+                lambda: reconciler.seen_at,
+                metrics.samples,
+                upkeep,
+                reconciler.wake,
             ),
         ),
         RunServicer(jobs, records, metrics, reconciler.directive),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from everstep.v1 import everstep_pb2 as pb
-from service import events
+from service import convert, events
 from service.errors import ClusterAwayError, NodeNotFoundError, require
 from service.jobs import Job
 from service.placement import Node
@@ -30,17 +30,19 @@ class Cluster:
         jobs: JobStore,
         records: RecordStore,
         nodes: Callable[[], Sequence[Node] | None],
+        seen_at: Callable[[], float],
         samples: Mapping[str, tuple[str, Sequence[pb.DeviceSample]]],
         upkeep: Upkeep,
         wake: Callable[[], None],
     ) -> None:
-        """nodes: the cluster's, None while unknown. samples: see Metrics.samples.
+        """nodes: the cluster's, None while unknown. seen_at: since when. samples: see Metrics.
 
         wake: makes the reconciler look now.
         """
         self._jobs = jobs
         self._records = records
         self._nodes = nodes
+        self._seen_at = seen_at
         self._samples = samples
         self._upkeep = upkeep
         self._wake = wake
@@ -54,6 +56,7 @@ class Cluster:
         queued.sort(key=lambda job: (-job.spec.priority, job.submission))
         return pb.GetClusterResponse(
             nodes=[self._node(node, holding) for node in nodes],
+            seen_time=convert.timestamp(self._seen_at()),
             waiting=[
                 pb.WaitingJob(job_id=job.id, job_name=job.spec.name, reason=job.reason)
                 for job in queued

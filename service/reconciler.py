@@ -79,6 +79,7 @@ class Reconciler:
         self._stopping: dict[str, Move] = {}  # job id -> where it goes on once it has stopped
         self._suspending = False
         self.nodes: tuple[Node, ...] | None = None
+        self.seen_at = 0.0  # when Ray told of them
 
     def wake(self) -> None:
         """Look now instead of at the next tick."""
@@ -129,7 +130,7 @@ class Reconciler:
         for job in jobs:
             if not job.holds_resources:
                 await self._settle_idle(job)
-        self.nodes = self._mark(await self._cluster.nodes())
+        self.nodes, self.seen_at = self._mark(await self._cluster.nodes()), time.time()
         hosts = await self._cluster.hosts()
         self._metrics.cluster_up.set(1)
         # Read again: a host is younger than the job that it belongs to.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +14,8 @@ from everstep.cli.join import join
 from everstep.cli.options import json_option
 from everstep.client import Client
 from everstep.v1 import everstep_pb2 as pb
+
+SILENT_S = 10.0  # Ray is asked every second
 
 
 @click.group(invoke_without_command=True)
@@ -49,6 +53,9 @@ def show_cluster(console: Console, found: pb.GetClusterResponse) -> None:
             gpus.add_row(
                 node.address, str(device.index), shown.one_line(device.name), *_gpu(device)
             )
+    silent_s = time.time() - shown.seconds(found.seen_time)
+    if silent_s > SILENT_S:
+        shown.note(f"Ray has not answered for {shown.duration(silent_s)}; this is what was there")
     console.print(nodes if found.nodes else Text("no node has anything to give"))
     if gpus.row_count:
         console.print(Text("\nGPUs, as jobs on them tell", style="bold"))

@@ -1047,12 +1047,14 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterResponse(_message.Message):
-    __slots__ = ("nodes", "waiting")
+    __slots__ = ("nodes", "waiting", "seen_time")
     NODES_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    SEEN_TIME_FIELD_NUMBER: _ClassVar[int]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     waiting: _containers.RepeatedCompositeFieldContainer[WaitingJob]
-    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., waiting: _Optional[_Iterable[_Union[WaitingJob, _Mapping]]] = ...) -> None: ...
+    seen_time: _timestamp_pb2.Timestamp
+    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., waiting: _Optional[_Iterable[_Union[WaitingJob, _Mapping]]] = ..., seen_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class WaitingJob(_message.Message):
     __slots__ = ("job_id", "job_name", "reason")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,7 @@ async def test_an_empty_cluster_shows_what_it_has_and_that_all_of_it_is_free(api
         ("node1", "10.0.0.1"),
         ("node2", "10.0.0.2"),
     ]
+    assert time.time() - found.seen_time.ToNanoseconds() / 1e9 < 10
     first, second = found.nodes
     assert (first.gpus, first.gpus_free, first.cpus, first.cpus_free) == (2, 2, 8, 8)
     assert first.gpu_type == "GeForce-RTX-4070"

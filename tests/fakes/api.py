@@ -129,6 +129,7 @@ async def served(
                     plane.jobs,
                     plane.records,
                     lambda: plane.reconciler.nodes,
+                    lambda: plane.reconciler.seen_at,
                     plane.metrics.samples,
                     plane.upkeep,
                     plane.reconciler.wake,

@@ -152,6 +152,7 @@ async def attempt(api: Api, method: MethodDescriptor, raw: list[bytes], held: st
 async def api(tmp_path: Path) -> AsyncIterator[Api]:
     """A service whose cluster is away: jobs wait, pauses and cancels are carried out."""
     async with served(tmp_path) as made:
+        await made.plane.tick()  # its nodes are known
         made.plane.cluster.away = True
 
         async def settle() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from everstep.cli.__main__ import run
 from everstep.v1 import everstep_pb2 as pb
@@ -20,7 +22,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTrainingService]:
         yield made
 
 
-def found() -> pb.GetClusterResponse:
+def found(ago_s: int = 0) -> pb.GetClusterResponse:
     share = pb.NodeShare(job_id="JOB1", job_name="d12", workers=1, gpus=1, cpus=2)
     device = pb.DeviceSample(
         index=0,
@@ -38,6 +40,7 @@ def found() -> pb.GetClusterResponse:
             ),
             pb.Node(id="b" * 56, address="10.0.0.2", cpus=4, unused_because="it is being drained"),
         ],
+        seen_time=Timestamp(seconds=int(time.time()) - ago_s),
         waiting=[pb.WaitingJob(job_id="JOB2", job_name="big", reason="needs 4 GPU")],
     )  # fmt: skip
 
@@ -56,6 +59,16 @@ def test_the_tables_say_what_is_free_who_holds_it_and_why_others_wait(
     ):
         assert words in said
     assert "W" not in said.split("71 C")[1].split("waiting")[0]
+
+
+def test_what_is_old_is_said_to_be(
+    service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ago_s, words in ((0, ""), (185, "Ray has not answered for 3 min")):
+        service.script(GetCluster=[found(ago_s)])
+        assert run(["cluster"]) == 0
+        assert words in (said := capsys.readouterr().err)
+        assert bool(said) is bool(words)
 
 
 def test_json_has_the_names_of_the_proto(
