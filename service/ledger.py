@@ -39,7 +39,8 @@ class Ledger:
     until: float  # everything before is accounted for
     kind: str = "queue"  # of the stretch under way
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    step: int = 0  # where the newest attempt is, as reported
+    attempt: int = 0  # the newest
+    step: int = 0  # where it is, as reported
     highest: int = 0  # that any attempt of the job reached
     steps: int = 0  # trained by all attempts, those trained again too
     step_s: float = 0.0  # the last one took so long
@@ -88,14 +89,14 @@ class Ledger:
                 self._moved(time, event.state)
             case pb.EVENT_KIND_ATTEMPT_STARTED:
                 self._unreported(time, event.step)
-                self.step, self.evaluation_s = event.step, 0.0
+                self.attempt, self.step, self.evaluation_s = record.attempt, event.step, 0.0
                 self.highest = max(self.highest, event.step)
                 if self.kind == TRAINING:
                     self.kind = "start"
                 for each in self.joules.values():
                     each[1] = 0.0
             case pb.EVENT_KIND_ATTEMPT_ENDED:
-                self._ended(time, event)
+                self._ended(time, event, record.attempt < self.attempt)
             case pb.EVENT_KIND_EVALUATED | pb.EVENT_KIND_SAMPLED:
                 self.evaluation_s += _sane(event.evaluation_s)
             case pb.EVENT_KIND_CHECKPOINT_COMMITTED:
@@ -122,9 +123,12 @@ class Ledger:
         self._train(time, point.step)
         self.kind, self.step_s, self.evaluation_s = TRAINING, point.step_s, 0.0
 
-    def _ended(self, time: float, event: pb.Event) -> None:
+    def _ended(self, time: float, event: pb.Event, late: bool) -> None:
+        """late: it is told of while the next attempt is at work already."""
         if event.outcome in POLICIES and POLICIES[Outcome(event.outcome)] is Policy.RESTART:
             self.restarts[event.outcome] = self.restarts.get(event.outcome, 0) + 1
+        if late:
+            return
         self._unreported(time, event.step)
         if self.kind == TRAINING and event.outcome in CLEAN:
             self._claimed(time, {"evaluation": self.evaluation_s})

@@ -215,6 +215,19 @@ def test_steps_that_nobody_told_of_while_the_service_was_away_count_as_trained()
     assert ledger.steps == 904
 
 
+def test_an_end_that_is_told_of_late_ends_nothing_of_the_next_attempt() -> None:
+    """The host started the next one by itself, while the service was away."""
+    for outcome in ("STOPPED", "STALLED"):
+        ledger = Ledger(until=SUBMITTED, kind="start")
+        stream = [(1.0, started(1, 0)), (10.0, point(1, 1.0)), (20.0, started(2, 0))]
+        stream += [(30.0, point(1, 1.0)), (10.5, ended(1, outcome, 7)), (32.0, point(2, 2.0))]
+        for at, record in stream:
+            ledger.take(SUBMITTED + at, record)
+        assert ledger.seconds["start"] == pytest.approx(30.0)
+        assert ledger.seconds["productive"] == pytest.approx(2.0)
+        assert ledger.restarts.get("STALLED", 0) == (outcome == "STALLED")
+
+
 def test_points_that_come_late_from_before_the_hello_count_by_their_own_times() -> None:
     """The service comes back to an attempt that began while it was away."""
     ledger = Ledger(until=SUBMITTED, kind="start")
