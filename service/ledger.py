@@ -10,7 +10,6 @@ to its end. What a trainer claims is cut to the time that passed.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +28,7 @@ STRETCHES = {
     pb.JOB_STATE_STARTING: "start",
     pb.JOB_STATE_PAUSED: "wait",
 }
+MOST = 1e12  # seconds or joules that nobody can have spent
 CLEAN = (Outcome.COMPLETED, Outcome.STOPPED)  # ends that wait for the last checkpoint
 
 
@@ -181,4 +181,4 @@ class Ledger:
 
 def _sane(value: float) -> float:
     """What a trainer claims; one that claims what can't be gets nothing."""
-    return value if 0.0 <= value < math.inf else 0.0
+    return value if 0.0 <= value < MOST else 0.0

@@ -14,6 +14,7 @@ from everstep.v1 import everstep_pb2 as pb
 from service.ledger import KINDS, Ledger
 
 SUBMITTED = 1.8e9 + 0.123456
+NONE = -7.0  # joules that aren't told
 S = pb.JobState
 seconds = st.floats(0.0, 500.0)
 small = st.floats(0.0, 3.0)
@@ -40,8 +41,10 @@ def evaluated(took_s: float) -> pb.WatchJobResponse:
     return pb.WatchJobResponse(event=event)
 
 
-def point(step: int, step_s: float, data_s: float = 0.0, stall_s: float = 0.0, joules: float = -1):
-    devices = [pb.DeviceSample(index=0, energy_joules=joules)] if joules >= 0 else []
+def point(
+    step: int, step_s: float, data_s: float = 0.0, stall_s: float = 0.0, joules: float = NONE
+):
+    devices = [pb.DeviceSample(index=0, energy_joules=joules)] if joules != NONE else []
     return pb.WatchJobResponse(
         point=pb.MetricPoint(
             step=step, step_s=step_s, data_wait_s=data_s, checkpoint_s=stall_s, devices=devices
@@ -189,6 +192,15 @@ def test_whatever_is_told_in_whatever_order_every_second_is_in_one_kind(told, en
     assert ledger.kind == ""
     joules = ledger.energy_joules
     assert joules is None or (math.isfinite(joules) and joules >= 0)
+
+
+def test_what_nobody_can_have_used_counts_nothing() -> None:
+    ledger = Ledger(until=SUBMITTED, kind="start")
+    for attempt in (1, 2):
+        for joules in (1e308, float("inf"), float("nan"), -1.0, 5.0):
+            ledger.take(SUBMITTED, point(1, 1.0, joules=joules))
+        ledger.take(SUBMITTED, started(attempt, 0))
+    assert ledger.energy_joules == 10.0
 
 
 def test_a_million_steps_add_up_to_a_microsecond() -> None:
