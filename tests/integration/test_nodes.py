@@ -137,3 +137,34 @@ def test_a_drained_node_loses_its_job_but_no_step_and_gets_none_until_it_is_undo
                 wait_for_state(again, job.id, pb.JOB_STATE_RUNNING)
             for job in free:
                 again.cancel(job.id)
+
+
+def test_a_job_grows_onto_a_box_that_joins_and_goes_on_without_it_when_it_dies(
+    small: Stack,
+) -> None:
+    workers = {"min": 1, "max": 2, "policy": "grow", "cooldown_s": 0}
+    resources = {**SMALL_JOB["resources"], "workers": workers}
+
+    def on(client: Client, job: pb.Job, number: int) -> pb.Job | None:
+        """The job, where it trains on so many workers."""
+        found = client.get(job.id)
+        trains = found.state == pb.JOB_STATE_RUNNING and found.workers == number
+        return found if trains else None
+
+    with small.client() as client:
+        job = client.submit({**ENDLESS, "resources": resources}).job
+        wait_until(lambda: on(client, job, 1), JOINED_S, "its start on the one box")
+        with second_node(small, labels()):
+            grown = wait_until(lambda: on(client, job, 2), JOINED_S, "its growth")
+            assert (grown.attempts[1].outcome, grown.goodput.recompute_s) == ("STOPPED", 0)
+            assert {tuple(node.job_ids) for node in client.cluster().nodes} == {(job.id,)}
+            reached = wait_for_checkpoint(client, job.id, grown.attempts[0].start_step + 20)
+        left = wait_until(lambda: on(client, job, 1), JOINED_S, "its going on")
+        assert left.attempts[0].start_step >= reached.checkpoint.step
+        wait_for_checkpoint(client, job.id, left.attempts[0].start_step + 20)
+        client.cancel(job.id)
+        told = [r.event.message for r in client.watch(job.id) if "resized" in r.event.message]
+        assert [each.partition(":")[0] for each in told] == [
+            "resized from 1 to 2 workers",
+            "resized from 2 to 1 workers",
+        ]
