@@ -208,12 +208,15 @@ def test_get_shows_progress_values_and_attempts(
     found = job(start=100, reason="attempt 2 trains")
     found.goodput.MergeFrom(pb.Goodput(productive_s=5400, start_s=60, ratio=0.989))
     found.energy_joules = 9e5
+    found.workers = 2
+    found.spec.resources.workers.MergeFrom(pb.WorkersSpec(min=1, max=4, policy=pb.SIZING_ELASTIC))
     service.script(GetJob=[pb.GetJobResponse(job=found)])
     assert run(["get", "JOB1"]) == 0
     said = capsys.readouterr().out
     for words in (
         "JOB1  tiny",
         "RUNNING  attempt 2 trains",
+        "workers    2 of 1 to 4, elastic",
         "150 of 200, 1 h 01 min left",
         "loss 3.5000",
         "1.5000 bits per byte",

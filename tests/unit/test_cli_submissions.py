@@ -109,6 +109,19 @@ def test_plan_of_a_continuation_shows_old_and_new_and_what_is_refused(
     assert not request.spec.optimizer.HasField("scalar_lr")
 
 
+def test_a_plan_of_a_range_lists_the_numbers_of_workers_that_can_be(
+    service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan()
+    made.spec.resources.workers.MergeFrom(pb.WorkersSpec(min=1, max=3, policy=pb.SIZING_GROW))
+    made.workers.add(workers=1, grad_accum_steps=4)
+    made.workers.add(workers=2, grad_accum_steps=2)
+    scripted(service, made)
+    assert run(["plan"]) == 0
+    said = capsys.readouterr().out
+    assert "1 to 3, grow; workers x micro-batches: 1 x 4, 2 x 2" in said
+
+
 def test_json_is_the_message_and_its_spec_goes_back_in(
     service: FakeTrainingService, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

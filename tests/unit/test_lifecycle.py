@@ -176,6 +176,27 @@ async def test_more_than_the_cluster_has_is_refused_with_what_it_has(plane: Cont
     await submit(plane, resources=needs)
 
 
+async def test_a_worker_larger_than_any_node_is_refused_whatever_the_cluster_has_in_all(
+    plane: ControlPlane,
+) -> None:
+    plane.cluster.machines = [machine(1, gpus=1, cpus=2), machine(2, gpus=1, cpus=2)]
+    await plane.tick()
+    found = await refused(plane, resources={"gpus_per_worker": 1, "cpus_per_worker": 4})
+    assert (
+        "a worker must fit on one node, the largest has 2 CPU"
+        in (found["resources.cpus_per_worker"])
+    )
+    three = {"workers": {"min": 3, "max": 3}, "gpus_per_worker": 0, "cpus_per_worker": 1}
+    batch = {"device_batch_size": 1, "total_batch_size": 64 * 3}
+    plane.cluster.machines = [machine(1, cpus=1), machine(2, cpus=1), machine(3, cpus=1)]
+    await plane.tick()
+    await submit(plane, resources=three, batch=batch)
+    plane.cluster.machines = [machine(1, cpus=3), machine(2, cpus=3)]
+    await plane.tick()
+    found = await refused(plane, resources={**three, "cpus_per_worker": 2}, batch=batch)
+    assert "the cluster has places for 2" in found["resources.workers"]
+
+
 async def test_a_job_that_waits_for_nodes_is_queued_with_what_is_missing(
     plane: ControlPlane,
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from everstep.plans import plan_to_proto
 from trainer.contract.devices import find_device
 from trainer.contract.memory import estimate_memory, weight_bytes
 from trainer.contract.plan import Fork, Plan, Surroundings, make_plan, milestones
@@ -69,6 +70,20 @@ def test_d12_has_the_known_counts_flops_and_micro_batches() -> None:
     assert plan.grad_accum_steps == 4
     assert (plan.start_step, plan.steps, plan.tokens) == (0, 300_000, 300_000 * 65536)
     assert plan.steps_at_risk == 1000
+
+
+def test_a_range_of_workers_is_planned_on_its_least_and_says_what_can_not_be() -> None:
+    asked = {"resources": {"workers": {"min": 1, "max": 4}}}
+    plan = make_plan(spec_of(**asked), VOCAB)
+    assert plan.grad_accum_steps == 4
+    said = "of workers.min 1 to workers.max 4 only 1, 2, 4 can be"
+    assert any(warning.startswith(said) for warning in plan.warnings)
+    two = make_plan(spec_of(**{"resources": {"workers": {"min": 1, "max": 2}}}), VOCAB)
+    assert not any("can be" in warning for warning in two.warnings)
+    options = [(each.workers, each.grad_accum_steps) for each in plan_to_proto(plan).workers]
+    assert options == [(1, 4), (2, 2), (4, 1)]
+    later = make_plan(spec_of(**{"resources": {"workers": {"min": 3, "max": 4}}}), VOCAB)
+    assert later.grad_accum_steps == 1, "the least that can be"
 
 
 def test_a_d12_checkpoint_has_the_size_that_its_owner_measured() -> None:

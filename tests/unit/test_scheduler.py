@@ -247,6 +247,13 @@ def test_what_others_make_free_for_a_job_nobody_else_grows_into() -> None:
     assert numbers(decision.stop) == {"JOB1": 0}
 
 
+def test_what_a_higher_priority_grows_into_is_not_counted_on_by_a_lower_one() -> None:
+    grows = trains(elastic(1, 1, 2, "grow", priority=5), "node1")
+    lowest = trains(elastic(2, 1, 1, "fixed", priority=-1, preemptible=True), "node1")
+    decision = decide([elastic(9, 2, 2, "fixed")], [grows, lowest], FOUR)
+    assert numbers(decision.stop) == {"JOB1": 2, "JOB2": 0}
+
+
 def test_queued_jobs_come_before_growth_of_their_priority_and_after_that_of_a_higher_one() -> None:
     running = trains(elastic(1, 1, 4), "node1")
     assert numbers(decide([elastic(9, 1, 1)], [running], FOUR).start) == {"JOB9": 1}
