@@ -30,12 +30,8 @@ class Capacity:
     cpus: int
     gpu_type: str = ""
 
-    def minus(self, need: Capacity) -> Capacity:
-        """What is left; may be negative where more is held than there is."""
-        return replace(self, gpus=self.gpus - need.gpus, cpus=self.cpus - need.cpus)
-
     def plus(self, given: Capacity) -> Capacity:
-        """What there is with what somebody gives back."""
+        """What there is with what somebody gives back, or has not got (negative)."""
         return replace(self, gpus=self.gpus + given.gpus, cpus=self.cpus + given.cpus)
 
     def holds(self, need: Capacity) -> bool:

@@ -62,6 +62,6 @@ def test_no_node_ever_holds_more_than_it_has(made: list, wanted: list) -> None:
         placement = room.place(worker, number)
         assert (placement is None) == (room.slots(worker) < number)
         for node in placement or ():
-            free[node] = free[node].minus(worker)
+            free[node] = free[node].plus(worker.times(-1))
         room.take(worker, placement or ())
         assert all(left.gpus >= 0 and left.cpus >= 0 for left in free.values())
