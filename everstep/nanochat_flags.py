@@ -209,9 +209,10 @@ def _derive(
             for found in from_pydantic(error)
         ]
     ratio, flops = values["target-param-data-ratio"], values["target-flops"]
-    if ratio <= 0:
-        return [Violation("--target-param-data-ratio", ratio, "must be above 0")]
     vocab = vocab_size or VOCAB_SIZE
+    if ratio * ModelShape.of(model, vocab).scaling_params < 1:
+        reason = "must be above 0, and give at least one token"
+        return [Violation("--target-param-data-ratio", ratio, reason)]
     if batch == -1:
         batch = auto_total_batch_size(model, vocab, ratio)
         notes.append(f"--total-batch-size: {batch:,} tokens follow from the model's size")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from everstep.nanochat_flags import DERIVING, FIELDS, NOTED, translate
@@ -25,6 +25,7 @@ values = (
 words = st.tuples(flags, st.sampled_from(["=", " "]), values).map(lambda w: f"--{''.join(w)}")
 
 
+@example("--target-param-data-ratio=5e-26", None)
 @given(st.lists(words, max_size=8).map(" ".join), st.sampled_from([None, "/nc"]))
 @settings(max_examples=250)
 def test_any_command_line_is_a_plan_or_a_refusal_by_name(line: str, base: str | None) -> None:

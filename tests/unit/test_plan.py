@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from everstep.plans import plan_to_proto
+from trainer.contract.advice import unmoved
 from trainer.contract.devices import find_device
 from trainer.contract.memory import estimate_memory, weight_bytes
 from trainer.contract.plan import Fork, Plan, Surroundings, make_plan, milestones
@@ -70,6 +71,10 @@ def test_d12_has_the_known_counts_flops_and_micro_batches() -> None:
     assert plan.grad_accum_steps == 4
     assert (plan.start_step, plan.steps, plan.tokens) == (0, 300_000, 300_000 * 65536)
     assert plan.steps_at_risk == 1000
+
+
+def test_a_rate_too_small_for_any_update_moves_no_table() -> None:
+    assert [unmoved(rate) for rate in (0.0, 5e-324, 1e-30)] == [1.0, 1.0, 1.0]
 
 
 def test_a_range_of_workers_is_planned_on_its_least_and_says_what_can_not_be() -> None:

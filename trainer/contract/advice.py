@@ -141,7 +141,8 @@ def _frozen_tables(
 
 def unmoved(rate: float) -> float:
     """The share of a fresh token table, in bf16, that a usual update at this rate can't move."""
-    if rate <= 0:
+    update = USUAL_UPDATE * rate
+    if update <= 0:  # of the smallest of rates, too
         return 1.0
-    exponent = math.floor(math.log2(USUAL_UPDATE * rate) - BF16_HALF_STEP) + 1
+    exponent = math.floor(math.log2(update) - BF16_HALF_STEP) + 1
     return math.erfc(2.0**exponent / (WTE_STD * math.sqrt(2.0)))
