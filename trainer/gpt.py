@@ -14,6 +14,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,12 @@ from torch.nn import functional as F
 from trainer.attention import Attention, Linear, norm, rotary_tables
 from trainer.contract.contradictions import SMEAR_GATE_CHANNELS
 from trainer.contract.shape import ModelShape
-from trainer.loss import mean_loss, soft_capped_logits, token_losses
+from trainer.loss import (
+    Kernels,
+    mean_loss,
+    soft_capped_logits,
+    token_losses,
+)
 from trainer.tables import look_up
 
 WTE_STD, LM_HEAD_STD = 0.8, 0.001
@@ -110,6 +116,8 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(shape.sequence_len, shape.head_dim)
         self.register_buffer("cos", cos.to(compute_dtype), persistent=False)
         self.register_buffer("sin", sin.to(compute_dtype), persistent=False)
+        self._trunk: Callable[..., Tensor] = self._final
+        self._kernels = Kernels()
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -126,12 +134,19 @@ class GPT(nn.Module):
             parameter.copy_(drawn)
 
     def compile_loss(self) -> None:
-        """Compile what training runs; what stays outside is the tables (see look_up)."""
-        self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        """Compile what training runs: the layers, and the loss's way between its products.
+
+        What adds to a gradient where it lies stays outside: tables (look_up) and lm_head.
+        """
+        self._trunk = torch.compile(self._final, fullgraph=True, dynamic=False)
+        self._kernels = self._kernels.compiled()
 
     def forward(self, idx_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean nats over the targets that are not -1, an fp32 scalar. T is at most sequence_len."""
-        return self._loss(*self._looked_up(idx_BT), targets_BT)
+        x_BTC = self._trunk(*self._looked_up(idx_BT))
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+        head_PC, vocab_size = self.lm_head.weight, self.shape.vocab_size
+        return mean_loss(x_NC, head_PC, targets_N, vocab_size, kernels=self._kernels)
 
     def logits(self, idx_BT: Tensor) -> Tensor:
         """Soft-capped logits, fp32 [B, T, V]."""
@@ -154,12 +169,6 @@ class GPT(nn.Module):
             )
         values = {layer: table(idx_BT) for layer, table in self.value_embeds.items()}
         return self.transformer.wte(idx_BT), values
-
-    def _loss(self, token_BTC: Tensor, values: dict[str, Tensor], targets_BT: Tensor) -> Tensor:
-        x_BTC = self._final(token_BTC, values)
-        return mean_loss(
-            x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.shape.vocab_size
-        )
 
     def _final(self, token_BTC: Tensor, values: dict[str, Tensor]) -> Tensor:
         """Activations [B, T, C] that lm_head reads."""

@@ -12,12 +12,11 @@ a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trainer.arithmetic import linear, operand
 from trainer.contract.memory import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
@@ -60,17 +59,19 @@ def mean_loss(
     targets_N: Tensor,
     vocab_size: int,
     chunk_bytes: int | None = None,
+    kernels: Kernels | None = None,
 ) -> Tensor:
     """Mean nats over the targets that count, an fp32 scalar; 0 when none does.
 
-    Differentiable in x and weight. The gradients are computed along with the value, so call it
-    under torch.no_grad (or use token_losses) where only the value is wanted.
+    Differentiable in x and weight, once. The gradients are computed along with the value, so call
+    it under torch.no_grad (or use token_losses) where only the value is wanted.
     """
     if not torch.is_grad_enabled():
         total = token_losses(x_NC, weight_PC, targets_N, vocab_size).sum()
         return total / _count(targets_N)
     chunk_bytes = chunk_bytes or _chunk_bytes(x_NC.device)
-    loss: Tensor = _ChunkedLoss.apply(x_NC, weight_PC, targets_N, vocab_size, chunk_bytes)  # type: ignore[no-untyped-call]
+    asked = (vocab_size, chunk_bytes, kernels or Kernels())
+    loss: Tensor = _ChunkedLoss.apply(x_NC, weight_PC, targets_N, *asked)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -94,23 +95,11 @@ def _nats(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     return torch.where(targets_R >= 0, nats_R, 0.0)
 
 
-@torch.library.custom_op("everstep::add_product", mutates_args=("sum_OI",))
-def add_product(sum_OI: Tensor, left_ON: Tensor, right_NI: Tensor) -> None:
-    """Add a matrix product to sum_OI where it lies, in sum_OI's dtype.
-
-    An operation of its own because torch.compile turns every other way to say this into a product
-    or a sum beside the one that is there: another whole gradient of lm_head for each chunk.
-    """
-    if left_ON.dtype is sum_OI.dtype:
-        sum_OI.addmm_(left_ON, right_NI)
-    else:
-        sum_OI.add_(left_ON @ right_NI)
-
-
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss and gradients of one chunk after another, so that logits need not be kept.
+    """The value, and the gradients that were worked out along with it.
 
-    With z = 15 tanh(l / 15) and p = softmax(z): d loss / d l = (p - onehot) (1 - tanh^2) / count.
+    Not for use in compiled code, which would keep lm_head's gradient and a scaled copy: here it is
+    added up and scaled where it lies, and becomes the weight's grad or is added to it.
     """
 
     @staticmethod
@@ -121,39 +110,77 @@ class _ChunkedLoss(torch.autograd.Function):
         targets_N: Tensor,
         vocab_size: int,
         chunk_bytes: int,
+        kernels: Kernels,
     ) -> Tensor:
         dtype, cast_PC = x_NC.dtype, operand(weight_PC.to(x_NC.dtype))
         weigh = 1.0 / _count(targets_N).float()
-        column_V = torch.arange(vocab_size, device=x_NC.device)
         rows = chunk_rows(x_NC.size(0), weight_PC.size(0), chunk_bytes)
-        total: Tensor | None = None
-        grad_PC = torch.zeros_like(weight_PC)
-        grads_RC = []
-        for x_RC, targets_R in _chunks(x_NC, targets_N, rows):
-            target_R1, counts_R1 = targets_R.long()[:, None], (targets_R >= 0)[:, None]
+        total = torch.zeros((), device=x_NC.device)
+        grad_NC, grad_PC = torch.empty_like(x_NC), torch.zeros_like(weight_PC)
+        grads_RC = torch.split(grad_NC, rows)
+        chunks = _chunks(x_NC, targets_N, rows)
+        for (x_RC, targets_R), grad_RC in zip(chunks, grads_RC, strict=True):
             wide_RC = operand(x_RC)
             logits_RP = (wide_RC @ cast_PC.mT).to(dtype)
-            tanh_RV = torch.tanh(logits_RP[:, :vocab_size].float() / SOFT_CAP)
-            exp_RV = (SOFT_CAP * tanh_RV).exp()
-            sum_R1 = exp_RV.sum(-1, keepdim=True)
-            hit_R1 = SOFT_CAP * tanh_RV.gather(-1, target_R1.clamp(min=0))
-            part = torch.where(counts_R1, sum_R1.log() - hit_R1, 0.0).sum()
-            onehot_RV = column_V == target_R1
-            slope_RV = (exp_RV / sum_R1 - onehot_RV.float()) * (1.0 - tanh_RV * tanh_RV)
-            slope_RV = (slope_RV * torch.where(counts_R1, weigh, 0.0)).to(dtype)
-            if vocab_size != weight_PC.size(0):
-                slope_RV = F.pad(slope_RV, (0, weight_PC.size(0) - vocab_size))
-            slope_RV = operand(slope_RV)
-            grads_RC.append((slope_RV @ cast_PC).to(dtype))
-            add_product(grad_PC, slope_RV.mT, wide_RC)
-            total = part if total is None else total + part
-        assert total is not None, "split gives at least one chunk"
-        grad_NC = grads_RC[0] if len(grads_RC) == 1 else torch.cat(grads_RC)
-        ctx.save_for_backward(grad_NC, grad_PC)
+            nats, sum_R1 = kernels.nats(logits_RP, targets_R, vocab_size)
+            kernels.slope(logits_RP, sum_R1, targets_R, weigh, vocab_size)
+            total += nats
+            wide_RP = operand(logits_RP)
+            grad_RC.copy_(wide_RP @ cast_PC)
+            if wide_RP.dtype is grad_PC.dtype:
+                grad_PC.addmm_(wide_RP.mT, wide_RC)
+            else:
+                grad_PC.add_(wide_RP.mT @ wide_RC)
+            del logits_RP, wide_RP  # before the next chunk's are there
+        ctx.grad_NC, ctx.grad_PC = grad_NC, grad_PC
         return total * weigh
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grad_NC, grad_PC = ctx.saved_tensors
-        return grad_NC * scale.to(grad_NC.dtype), grad_PC * scale, None, None, None
+        grad_NC, grad_PC = ctx.grad_NC, ctx.grad_PC
+        ctx.grad_NC = ctx.grad_PC = None  # nobody else holds them: autograd need not copy
+        return grad_NC.mul_(scale.to(grad_NC.dtype)), grad_PC.mul_(scale), None, None, None, None
+
+
+def chunk_nats(logits_RP: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The sum of a chunk's nats, and the softmax's denominators [R, 1]."""
+    exp_RP = soft_cap(logits_RP.float()).exp()
+    sum_R1 = _without_padding(exp_RP, vocab_size).sum(-1, keepdim=True)
+    hit_R1 = soft_cap(logits_RP.gather(-1, targets_R.clamp(min=0).long()[:, None]).float())
+    return torch.where((targets_R >= 0)[:, None], sum_R1.log() - hit_R1, 0.0).sum(), sum_R1
+
+
+def slope_in_place(
+    logits_RP: Tensor, sum_R1: Tensor, targets_R: Tensor, weigh: Tensor, vocab_size: int
+) -> None:
+    """Turn a chunk's logits into the loss's gradient of them.
+
+    With z = 15 tanh(l / 15) and p = softmax(z): d loss / d l = (p - onehot) (1 - tanh^2) weigh.
+    """
+    tanh_RP = torch.tanh(logits_RP.float() / SOFT_CAP)
+    column_P = torch.arange(logits_RP.size(1), device=logits_RP.device)
+    onehot_RP = (column_P == targets_R.long()[:, None]).float()
+    slope_RP = ((SOFT_CAP * tanh_RP).exp() / sum_R1 - onehot_RP) * (1.0 - tanh_RP * tanh_RP)
+    slope_RP = slope_RP * torch.where((targets_R >= 0)[:, None], weigh, 0.0)
+    logits_RP.copy_(_without_padding(slope_RP, vocab_size))
+
+
+def _without_padding(values_RP: Tensor, vocab_size: int) -> Tensor:
+    """Zeros in the columns of no token, at the full width: so compiled code works in place."""
+    if values_RP.size(1) == vocab_size:
+        return values_RP
+    column_P = torch.arange(values_RP.size(1), device=values_RP.device)
+    return torch.where(column_P < vocab_size, values_RP, 0.0)
+
+
+class Kernels(NamedTuple):
+    """What a chunk runs between its products; two, so that neither compiled one needs a copy."""
+
+    nats: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = chunk_nats
+    slope: Callable[[Tensor, Tensor, Tensor, Tensor, int], None] = slope_in_place
+
+    def compiled(self) -> Kernels:
+        """The same through torch.compile."""
+        nats = torch.compile(self.nats, fullgraph=True, dynamic=False)
+        return Kernels(nats, torch.compile(self.slope, fullgraph=True, dynamic=False))
