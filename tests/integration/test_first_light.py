@@ -69,7 +69,11 @@ def check_stream(records: list[pb.WatchJobResponse]) -> None:
     assert kinds.count(pb.EVENT_KIND_ATTEMPT_ENDED) == 2
     assert records[-1].event.state == pb.JOB_STATE_SUCCEEDED
     steps = [record.point.step for record in records if record.HasField("point")]
-    assert set(steps) == set(range(1, STEPS + 1))
+    # What a killed trainer measured in its last half second dies with it where the checkpoint of
+    # that step lives: the next attempt doesn't train it again.
+    starts = [r.event.step for r in records if r.event.kind == pb.EVENT_KIND_ATTEMPT_STARTED]
+    missing = set(range(1, STEPS + 1)) - set(steps)
+    assert all(starts[-1] - 20 < step <= starts[-1] for step in missing)
 
 
 def test_a_killed_worker_resumes_from_the_last_checkpoint(disturbed: pb.Job) -> None:
