@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from everstep.v1 import everstep_pb2 as pb
 from service import convert, events
-from service.errors import ClusterAwayError, NodeNotFoundError, require
+from service.errors import ClusterAwayError, NodeNotFoundError, PreconditionError, require
 from service.jobs import Job
 from service.placement import Node
 from service.scheduler import worker_of
@@ -71,6 +71,7 @@ class Cluster:
 
         Raises:
             NodeNotFoundError: there is none, or several.
+            PreconditionError: somebody has undone it meanwhile.
         """
         node = self._find(name)
         await self._upkeep.drain(node, actor)
@@ -81,12 +82,18 @@ class Cluster:
         self._wake()
         # A decision under way may still know the node as it was.
         while not self._is_draining(node) or await self._there(node):
+            if not self._upkeep.is_drained(node.address):
+                raise PreconditionError(f"draining {node.address} was undone meanwhile")
             await asyncio.sleep(LOOK_S)
         return moved
 
     async def undrain(self, name: str) -> None:
-        """Let jobs onto a node again; NodeNotFoundError. Safe to repeat."""
-        await self._upkeep.undo(self._find(name).address)
+        """Let jobs onto a node again; NodeNotFoundError. Safe to repeat.
+
+        By its address also where the machine isn't there now.
+        """
+        gone = self._upkeep.is_drained(name)
+        await self._upkeep.undo(name if gone else self._find(name).address)
         self._wake()
 
     def _is_draining(self, node: Node) -> bool:

@@ -73,7 +73,7 @@ class Job:
             state=to,
             placement=self.placement if to in ACTIVE else (),
             # Set aside by its user, it starts with what is free when it comes back.
-            workers=0 if self.state is JobState.PAUSED else self.workers,
+            workers=0 if (self.state, to) == (JobState.PAUSED, JobState.QUEUED) else self.workers,
             reason=reason,
             started_at=now
             if to is JobState.RUNNING and self.started_at is None

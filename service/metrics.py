@@ -103,6 +103,7 @@ class Metrics:
         registry.register(self._states)
         self._accounts = _Accounts()
         registry.register(self._accounts)
+        self._gpus: dict[str, set[int]] = {}  # job id -> which GPUs have series
         self._of_jobs = [
             metric for metric in vars(self).values()
             if isinstance(metric, Gauge | Counter | Histogram)
@@ -149,6 +150,12 @@ class Metrics:
             self._ranks[labels["job_id"]] = len(point.rank_busy_s)
         for rank, busy_s in enumerate(point.rank_busy_s):
             self.rank_busy.labels(**labels, rank=str(rank)).set(busy_s)
+        gpus = {sample.index for sample in point.devices}
+        if gpus and self._gpus.get(labels["job_id"]) != gpus:  # it was resized, or has moved
+            for metric in self._of_jobs:
+                if "gpu" in metric._labelnames:
+                    metric.remove_by_labels({"job_id": labels["job_id"]})
+            self._gpus[labels["job_id"]] = gpus
         for sample in point.devices:
             self._show_gpu({**labels, "gpu": str(sample.index)}, sample)
 
@@ -219,7 +226,9 @@ class Metrics:
         for metric in self._of_jobs:
             metric.remove_by_labels({"job_id": job_id})
         self._accounts.shown.pop(job_id, None)
+        self._accounts.told.pop(job_id, None)
         self._ranks.pop(job_id, None)
+        self._gpus.pop(job_id, None)
         self.samples.pop(job_id, None)
 
 
@@ -254,6 +263,9 @@ class _Accounts(Collector):
 
     def __init__(self) -> None:
         self.shown: dict[str, JobView] = {}
+        # job id -> seconds by kind at the last scrape: an account that is a moment old says too
+        # much of a wait that has ended since, and a counter must not go back.
+        self.told: dict[str, dict[str, float]] = {}
 
     def collect(self) -> Iterable[Metric]:
         families = {
@@ -270,7 +282,9 @@ class _Accounts(Collector):
             job, ledger = account.job, account.progress.ledger
             assert ledger is not None, "the store gives no others"
             of = (job.id, job.spec.name)
+            told = self.told.setdefault(job.id, {})
             for kind, seconds in ledger.at(now).items():
+                seconds = told[kind] = max(seconds, told.get(kind, 0.0))
                 families["goodput_seconds"].add_metric((*of, kind), seconds)
             families["tokens"].add_metric(of, ledger.steps * job.spec.batch.total_batch_size)
             families["data_wait_seconds"].add_metric(of, ledger.seconds["data"])

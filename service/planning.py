@@ -185,7 +185,9 @@ class Planner:
         there = [replace(node, draining=False) for node in nodes]
         lacks = shortfall(spec.resources, spec.possible_workers[0], there)
         return [
-            Violation(f"resources.{field}", getattr(spec.resources, field), reason)
+            Violation("resources.workers.min", spec.resources.workers.min, reason)
+            if field == "workers"
+            else Violation(f"resources.{field}", getattr(spec.resources, field), reason)
             for field, reason in lacks.items()
         ]
 
@@ -218,8 +220,10 @@ class Planner:
             if record.attempt == records[-1].attempt
         ]
         step_s = statistics.median(point.step_s - point.data_wait_s for point in lately)
+        # The job's own number is that of now: it may have been resized or set aside since.
+        workers = len(lately[-1].rank_busy_s) or 1
         shape = ModelShape.of(job.spec.model, document.binding.tokenizer.vocab_size)
-        return Measured(f"job {job.id}", step_s, work_of(job.spec, shape, max(job.workers, 1)))
+        return Measured(f"job {job.id}", step_s, work_of(job.spec, shape, workers))
 
     async def _ancestors(self, start: CheckpointRef | None) -> list[Ancestor]:
         if start is None:

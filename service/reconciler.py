@@ -139,7 +139,8 @@ class Reconciler:
         wanted = {(job.id, job.host_number) for job in jobs if job.holds_resources}
         for key in by_name.keys() - wanted:
             await self._cluster.kill_host(*key)
-        for job in jobs:
+        # The most important first: where hosts are gone, places go by the order of the queue.
+        for job in sorted(jobs, key=lambda job: (-job.spec.priority, job.submission)):
             if job.holds_resources:
                 await self._settle_active(job, by_name.get((job.id, job.host_number)))
         await self._schedule()
@@ -257,7 +258,7 @@ class Reconciler:
         """Record how attempts ended, each once; whether the newest of them is news."""
         news = False
         for result in results:
-            now = result.ended_at or time.time()
+            now = min(result.ended_at or time.time(), time.time())  # its clock may be ahead
             record = events.attempt_ended(
                 result.attempt, result.outcome, result.message, result.step, now
             )

@@ -44,6 +44,10 @@ class Upkeep:
         drained = f"drained by {actor or 'Ray'}" if node.draining else ""
         return ", ".join(filter(None, (drained, node.kept_out)))
 
+    def is_drained(self, address: str) -> bool:
+        """Whether nothing may start there by somebody's word."""
+        return address in self._drained
+
     async def drain(self, node: Node, actor: str) -> None:
         """From now on nothing starts there, and what is there leaves. Durable; safe to repeat."""
         await self._store.add(node.address, actor, time.time())

@@ -7,13 +7,16 @@ Invariant: what is printed holds no secret, and is run on the head's box by whoe
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 COMPOSE = "worker.compose.yml"
 SECRETS = ("ray.token", "storage.env")
+SHARED = ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "EVERSTEP_DATA", "EVERSTEP_SHM")
 THERE = "everstep-worker"  # a folder in the home of whoever logs in
 
 
@@ -40,14 +43,28 @@ def join(box: str, head: str | None, ip: str | None, checkout: Path, image: str)
     needed = [deploy / COMPOSE, *(secrets / name for name in SECRETS)]
     if missing := [str(path) for path in needed if not path.is_file()]:
         raise click.UsageError(f"--checkout: {', '.join(missing)} is not there: run make up first")
-    click.echo(command(box, head, ip or box.rpartition("@")[2], deploy, secrets, image))
+    told = {"EVERSTEP_HEAD": head, "EVERSTEP_IP": ip or box.rpartition("@")[2]}
+    told |= _of_the_stack(checkout, head)
+    click.echo(command(box, told, deploy, secrets, image))
 
 
-def command(box: str, head: str, ip: str, deploy: Path, secrets: Path, image: str) -> str:
-    """One line of shell for the head's box."""
+def _of_the_stack(checkout: Path, head: str) -> dict[str, str]:
+    """What the stack was told that its workers must know: by variables, or compose's .env."""
+    written = checkout / ".env"
+    lines = written.read_text().splitlines() if written.is_file() else []
+    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith("#"))
+    known = {key.strip(): value.strip().strip("'\"") for key, _, value in pairs} | os.environ
+    if port := known.get("EVERSTEP_S3_PORT"):
+        known.setdefault("AWS_ENDPOINT_URL_S3", f"http://{head}:{port}")
+    return {key: known[key] for key in SHARED if known.get(key)}
+
+
+def command(box: str, told: Mapping[str, str], deploy: Path, secrets: Path, image: str) -> str:
+    """One line of shell for the head's box; told: the worker's variables."""
+    variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in told.items())
     there = (
         f"umask 077 && mkdir -p {THERE} && cd {THERE} && tar xf - && chmod 644 ray.token && "
-        f"EVERSTEP_HEAD={shlex.quote(head)} EVERSTEP_IP={shlex.quote(ip)} "
+        f"{variables} "
         f"docker compose -f {COMPOSE} up --detach"
     )
     sent = ["tar", "cf", "-", "-C", str(deploy), COMPOSE, "-C", str(secrets), *SECRETS]

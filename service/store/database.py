@@ -82,12 +82,20 @@ def migrate(path: Path, revision: str = "head") -> None:
     config.set_main_option("script_location", str(MIGRATIONS))
     engine = sa.create_engine(f"sqlite:///{path}")
     event.listen(engine, "connect", _configure)
+    # Python's sqlite3 begins a transaction at the first INSERT, long after the first CREATE: so it
+    # leaves that to us, and an upgrade that is cut off leaves the schema that was there.
+    event.listen(engine, "connect", _leave_transactions)
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     try:
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
     finally:
         engine.dispose()
+
+
+def _leave_transactions(connection: Any, _record: object) -> None:
+    connection.isolation_level = None
 
 
 def _configure(connection: Any, _record: object) -> None:

@@ -88,3 +88,16 @@ def test_words_of_the_shell_in_an_address_stay_words(
 
 def test_the_file_that_is_sent_is_ours() -> None:
     assert (ROOT / "deploy/worker.compose.yml").is_file()
+
+
+def test_what_the_stack_was_told_of_its_store_goes_along(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["cluster", "join", "me@10.0.0.2", "--head", "10.0.0.1", "--checkout", str(checkout)]
+    (checkout / ".env").write_text("# ports\nEVERSTEP_S3_PORT=9333\nEVERSTEP_DATA='/my data'\n")
+    assert run(words) == 0
+    said = shlex.split(capsys.readouterr().out)[-1]
+    assert "AWS_ENDPOINT_URL_S3=http://10.0.0.1:9333 EVERSTEP_DATA='/my data' docker" in said
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://store.example")
+    assert run(words) == 0
+    assert "AWS_ENDPOINT_URL_S3=https://store.example " in capsys.readouterr().out

@@ -290,3 +290,36 @@ async def test_a_zombie_of_a_final_job_brings_no_series_back(tmp_path: Path) -> 
         api.plane.metrics.forget(job_id)
         await api.report(token, [hello(job_id), points(2, 3)])
         assert job_id not in str([*api.plane.metrics.step.collect()])
+
+
+async def test_a_counter_that_ran_ahead_of_a_wait_does_not_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scrape adds to a wait that has ended since the account was read."""
+    async with control_plane(tmp_path) as plane:
+        await plane.add(new_job(1, created_at=SUBMITTED))
+        registry = CollectorRegistry()
+        metrics = Metrics(registry)
+
+        def queued() -> float | None:
+            labels = {"job_id": "JOB1", "job_name": new_job(1).spec.name, "kind": "queue"}
+            return registry.get_sample_value("everstep_goodput_seconds_total", labels)
+
+        await move(plane, JobState.STARTING, 10.0)
+        ended = await plane.jobs.accounts(metrics.accounted)
+        monkeypatch.setattr("service.metrics.time.time", lambda: SUBMITTED + 12.0)
+        metrics._accounts.told["JOB1"] = {"queue": 11.5}  # by the scrape before
+        metrics.set_accounts(ended)
+        assert queued() == 11.5
+        metrics.forget("JOB1")
+        assert queued() is None
+
+
+def test_a_job_that_moved_leaves_no_gpu_behind() -> None:
+    registry = CollectorRegistry()
+    metrics, job = Metrics(registry), new_job(1)
+    for indices in ((0, 1), (), (0,)):
+        sampled = [pb.DeviceSample(index=each, temperature_celsius=88) for each in indices]
+        metrics.observe_point(job, pb.MetricPoint(step=1, devices=sampled))
+    (family,) = metrics.gpu_temperature.collect()
+    assert [sample.labels["gpu"] for sample in family.samples] == ["0"]

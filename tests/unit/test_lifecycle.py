@@ -194,7 +194,7 @@ async def test_a_worker_larger_than_any_node_is_refused_whatever_the_cluster_has
     plane.cluster.machines = [machine(1, cpus=3), machine(2, cpus=3)]
     await plane.tick()
     found = await refused(plane, resources={**three, "cpus_per_worker": 2}, batch=batch)
-    assert "the cluster has places for 2" in found["resources.workers"]
+    assert "the cluster has places for 2" in found["resources.workers.min"]
 
 
 async def test_a_job_that_waits_for_nodes_is_queued_with_what_is_missing(

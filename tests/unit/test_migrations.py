@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 
 from service.store import schema
@@ -86,3 +88,28 @@ def test_every_earlier_schema_is_brought_forward_with_its_rows(tmp_path: Path) -
             assert compare_metadata(context, schema.metadata) == [], revision
             found = connection.execute(sa.select(schema.jobs.c.id, schema.jobs.c.workers)).one()
             assert found == ("J", 3), "it ran on its least number"
+
+
+def test_an_upgrade_that_is_cut_off_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The full disk of a migration that has made tables, and then copies rows."""
+    path = tmp_path / "old.db"
+    migrate(path, "0004")
+    engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
+    before = structure(engine)
+    with monkeypatch.context() as cut:
+        made = Operations.create_table
+
+        def full(self: Operations, *args: Any, **kwargs: Any) -> Any:
+            made(self, *args, **kwargs)
+            raise OSError("no space left")
+
+        cut.setattr(Operations, "create_table", full)
+        with pytest.raises(OSError, match="no space left"):
+            migrate(path)
+    assert structure(engine) == before
+    migrate(path)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, schema.metadata) == []
