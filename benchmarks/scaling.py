@@ -134,11 +134,6 @@ def work(
     generator = torch.Generator().manual_seed(rank)
     batch = (spec.batch.device_batch_size, spec.model.max_seq_len + 1)
     micro_steps = spec.batch.total_batch_size // (batch[0] * spec.model.max_seq_len * size)
-    named = dict(model.named_parameters())
-
-    def owned(tensors: dict[str, Tensor | None]) -> list[tuple[Tensor, int]]:
-        return [(each, optimizer.owner[n]) for n, each in tensors.items() if each is not None]
-
     while orders.recv():
         marks = [time.perf_counter()]
         for _ in range(micro_steps):
@@ -146,19 +141,19 @@ def work(
             loss: Tensor = model(ids_BT[:, :-1], ids_BT[:, 1:]) / (micro_steps * size)
             loss.backward()  # type: ignore[no-untyped-call] # torch's own annotation is missing
         marks.append(time.perf_counter())
-        gradients = {n: p.grad for n, p in named.items()}
+        gradients = optimizer.owned(lambda parameter: parameter.grad)
         if name == SHARED:
-            world.sum_at_owner_(owned(gradients))
+            world.sum_at_owner_(gradients)
         else:
-            world.sum_(each for each, _ in owned(gradients))
+            world.sum_(each for each, _ in gradients)
         marks.append(time.perf_counter())
-        clip_grad_norm([p for n, p in named.items() if n in optimizer.own], world=sharing)
+        clip_grad_norm(optimizer.own_parameters, world=sharing)
         optimizer.apply(schedule.at(0))
         optimizer.step()
         optimizer.zero_grad()
         marks.append(time.perf_counter())
         if name == SHARED:
-            world.spread_(owned({n: p.data for n, p in named.items()}))
+            world.spread_(optimizer.owned(lambda parameter: parameter.data))
         marks.append(time.perf_counter())
         computed, reduced, updated, spread = (b - a for a, b in pairwise(marks))
         orders.send(

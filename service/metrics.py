@@ -70,7 +70,6 @@ class Metrics:
             "A rank's own work on a step, waits for other ranks left out; several workers only.",
             (*JOB, "rank"),
         )
-        self._ranks: dict[str, int] = {}  # job id -> how many series of rank_busy it has
         self.checkpoint_committed = gauge(
             "checkpoint_last_committed_timestamp_seconds",
             "When the newest checkpoint was committed.",
@@ -103,7 +102,8 @@ class Metrics:
         registry.register(self._states)
         self._accounts = _Accounts()
         registry.register(self._accounts)
-        self._gpus: dict[str, set[int]] = {}  # job id -> which GPUs have series
+        # Job id and label -> the ranks or GPUs that have series.
+        self._numbered: dict[tuple[str, str], set[int]] = {}
         self._of_jobs = [
             metric for metric in vars(self).values()
             if isinstance(metric, Gauge | Counter | Histogram)
@@ -145,19 +145,25 @@ class Metrics:
             self.learning_rate.labels(**group).set(values.learning_rate)
             self.momentum.labels(**group).set(values.momentum)
             self.weight_decay.labels(**group).set(values.weight_decay)
-        if self._ranks.get(labels["job_id"]) != len(point.rank_busy_s):  # it was resized
-            self.rank_busy.remove_by_labels({"job_id": labels["job_id"]})
-            self._ranks[labels["job_id"]] = len(point.rank_busy_s)
+        self._keep_only(labels["job_id"], "rank", range(len(point.rank_busy_s)))
         for rank, busy_s in enumerate(point.rank_busy_s):
             self.rank_busy.labels(**labels, rank=str(rank)).set(busy_s)
-        gpus = {sample.index for sample in point.devices}
-        if gpus and self._gpus.get(labels["job_id"]) != gpus:  # it was resized, or has moved
-            for metric in self._of_jobs:
-                if "gpu" in metric._labelnames:
-                    metric.remove_by_labels({"job_id": labels["job_id"]})
-            self._gpus[labels["job_id"]] = gpus
+        if point.devices:
+            self._keep_only(labels["job_id"], "gpu", (each.index for each in point.devices))
         for sample in point.devices:
             self._show_gpu({**labels, "gpu": str(sample.index)}, sample)
+
+    def _keep_only(self, job_id: str, label: str, numbers: Iterable[int]) -> None:
+        """Drop a job's series by this label if others than these had any: it was resized, or moved.
+
+        The caller sets those that are kept at once.
+        """
+        here = set(numbers)
+        if self._numbered.setdefault((job_id, label), here) != here:
+            self._numbered[job_id, label] = here
+            for metric in self._of_jobs:
+                if label in metric._labelnames:
+                    metric.remove_by_labels({"job_id": job_id})
 
     def _show_gpu(self, labels: dict[str, str], sample: pb.DeviceSample) -> None:
         self.gpu_memory_used.labels(**labels).set(sample.memory_used_bytes)
@@ -227,8 +233,7 @@ class Metrics:
             metric.remove_by_labels({"job_id": job_id})
         self._accounts.shown.pop(job_id, None)
         self._accounts.told.pop(job_id, None)
-        self._ranks.pop(job_id, None)
-        self._gpus.pop(job_id, None)
+        self._numbered = {key: of for key, of in self._numbered.items() if key[0] != job_id}
         self.samples.pop(job_id, None)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from everstep.specs import merged
@@ -185,9 +186,7 @@ class Planner:
         there = [replace(node, draining=False) for node in nodes]
         lacks = shortfall(spec.resources, spec.possible_workers[0], there)
         return [
-            Violation("resources.workers.min", spec.resources.workers.min, reason)
-            if field == "workers"
-            else Violation(f"resources.{field}", getattr(spec.resources, field), reason)
+            Violation(f"resources.{field}", attrgetter(field)(spec.resources), reason)
             for field, reason in lacks.items()
         ]
 

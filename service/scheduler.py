@@ -82,7 +82,7 @@ def shortfall(resources: ResourcesSpec, least: int, nodes: Iterable[Node]) -> di
         elif getattr(worker, f"{unit}s") > most:
             found[field] = f"a worker must fit on one node, the largest has {most} {unit.upper()}"
     if not found:
-        found["workers"] = (
+        found["workers.min"] = (
             f"{least} workers of {worker.gpus} GPU and {worker.cpus} CPU, each on one node: the "
             f"cluster has places for {Room(nodes).slots(worker)}"
         )

@@ -143,7 +143,7 @@ class Loop:
             return LoopEnd(Outcome.HYPERPARAMETERS_NOT_APPLIED, "; ".join(wrong))
         parts.optimizer.step()
         parts.optimizer.zero_grad()
-        parts.world.spread_(self._owned(lambda parameter: parameter.data))
+        parts.world.spread_(parts.optimizer.owned(lambda parameter: parameter.data))
         past = state.loss_smoothed
         smoothed = mean_loss if past is None else SMOOTHING * past + (1 - SMOOTHING) * mean_loss
         state.step += 1
@@ -187,18 +187,12 @@ class Loop:
         told = torch.zeros(1 + world.size, dtype=torch.float64, device=parts.device)
         told[0], told[1 + world.rank] = loss_sum, parts.pace.last_s
         parts.pace.end()
-        world.sum_at_owner_(self._owned(lambda parameter: parameter.grad))
+        world.sum_at_owner_(parts.optimizer.owned(lambda parameter: parameter.grad))
         world.sum_([told])
-        own = [p for name, p in parts.model.named_parameters() if name in parts.optimizer.own]
-        norm = clip_grad_norm(own, parts.spec.optimizer.grad_clip_norm, world)
+        most = parts.spec.optimizer.grad_clip_norm
+        norm = clip_grad_norm(parts.optimizer.own_parameters, most, world)
         found: list[float] = torch.cat([norm.double()[None], told]).tolist()  # the step's one sync
         return found
-
-    def _owned(self, of: Callable[[torch.nn.Parameter], Tensor | None]) -> list[tuple[Tensor, int]]:
-        """Something of each parameter, where it has it, with the parameter's owner."""
-        owner = self._parts.optimizer.owner
-        each = ((of(p), owner[name]) for name, p in self._parts.model.named_parameters())
-        return [(tensor, rank) for tensor, rank in each if tensor is not None]
 
     def _after_step(self) -> None:
         """What is due at this step boundary: evaluation first, for the checkpoint carries it."""

@@ -11,7 +11,7 @@ whole tensors by parameter name, whatever the stacking inside. Formulas: nanocha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -101,6 +101,7 @@ class Optimizer:
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         self.owner = owners(groups, shapes, world.size)
         self.own = {name for name, rank in self.owner.items() if rank == world.rank}
+        self._named = named
         self._states = [
             _fresh_state(group, {n: named[n] for n in group.parameters if n in self.own}, compile)
             for group in groups
@@ -142,6 +143,19 @@ class Optimizer:
                 self._step_muon(group, state)
             else:
                 _step_adamw(group, state)
+
+    @property
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that this rank updates, in module order."""
+        return [parameter for name, parameter in self._named.items() if name in self.own]
+
+    def owned(self, of: Callable[[nn.Parameter], Tensor | None]) -> list[tuple[Tensor, int]]:
+        """Something of each parameter that has it, with the parameter's owner, in module order.
+
+        For collectives: every rank gets them alike.
+        """
+        each = ((of(parameter), self.owner[name]) for name, parameter in self._named.items())
+        return [(tensor, rank) for tensor, rank in each if tensor is not None]
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward pass writes instead of adding."""

@@ -6,7 +6,6 @@ import time
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from everstep.cli import output as shown
@@ -35,8 +34,8 @@ def cluster(context: click.Context, output: str) -> None:
 
 def show_cluster(console: Console, found: pb.GetClusterResponse) -> None:
     """A table of nodes, one of their GPUs as far as jobs tell of them, and one of who waits."""
-    nodes = _table("node", "address", "GPUs free", "type", "CPUs free", "held by")
-    gpus = _table("node", "GPU", "", "memory", "use", "temperature", "power")
+    nodes = shown.table("node", "address", "GPUs free", "type", "CPUs free", "held by")
+    gpus = shown.table("node", "GPU", "", "memory", "use", "temperature", "power")
     for node in found.nodes:
         held = [f"{share.job_id} ({share.workers} x)" for share in node.shares]
         if node.unused_because:
@@ -61,7 +60,7 @@ def show_cluster(console: Console, found: pb.GetClusterResponse) -> None:
         console.print(Text("\nGPUs, as jobs on them tell", style="bold"))
         console.print(gpus)
     if found.waiting:
-        waiting = _table("waiting", "name", "because")
+        waiting = shown.table("waiting", "name", "because")
         for job in found.waiting:
             because = Text(shown.one_line(job.reason), overflow="fold")
             waiting.add_row(job.job_id, shown.one_line(job.job_name), because)
@@ -78,13 +77,6 @@ def _gpu(device: pb.DeviceSample) -> list[str]:
         f"{device.temperature_celsius:.0f} C" if said("temperature_celsius") else "",
         f"{device.power_watts:.0f} W" if said("power_watts") else "",
     ]
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in names:
-        table.add_column(name, no_wrap=name in ("node", "address", "waiting"))
-    return table
 
 
 @cluster.command()

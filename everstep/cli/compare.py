@@ -31,7 +31,7 @@ def compare(jobs: tuple[str, ...], **given: str) -> None:
 
 def _show(found: pb.CompareJobsResponse) -> None:
     heads = [f"{curve.name} ..{curve.job_id[-6:]}" for curve in found.curves]
-    facts = _table("", heads)
+    facts = output.table("", *map(output.one_line, heads), whole=())
     for item in found.differences:
         facts.add_row(item.field, *item.values)
     for name in ("start_step", "end_step", "tokens"):
@@ -59,7 +59,7 @@ def _curves(what: str, heads: list[str], curves: list[dict[int, float]]) -> Tabl
     curves = _on_common_steps(curves)
     steps = sorted(set().union(*curves))
     every = max(-(-len(steps) // SHOWN_STEPS), 1)
-    table = _table(what, heads)
+    table = output.table(what, *map(output.one_line, heads), whole=())
     for step in steps[::-1][::every][::-1]:
         low = min(curve[step] for curve in curves if step in curve)
         cells = (
@@ -74,13 +74,6 @@ def _on_common_steps(curves: list[dict[int, float]]) -> list[dict[int, float]]:
     """The curves on the steps that all have; as they are where they have none in common."""
     common = set.intersection(*(set(curve) for curve in curves))
     return [{step: curve[step] for step in sorted(common or curve)} for curve in curves]
-
-
-def _table(first: str, heads: list[str]) -> Table:
-    table = Table(first, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for head in heads:
-        table.add_column(output.one_line(head))
-    return table
 
 
 COMMANDS = (compare,)

@@ -22,7 +22,9 @@ J_PER_KWH = 3.6e6
 
 def job_table(jobs: Iterable[pb.Job]) -> Table:
     """One line a job."""
-    table = _table("job", "name", "state", "workers", "step", "loss", "bits/byte", "left", "age")
+    table = output.table(
+        "job", "name", "state", "workers", "step", "loss", "bits/byte", "left", "age"
+    )
     for job in jobs:
         state = output.state_name(job.state)
         table.add_row(
@@ -46,7 +48,7 @@ def checkpoint_table(
     names = ["step", "attempt", "size", "bits/byte", "age", "uri"]
     if problems is not None:
         names.insert(-1, "verified")
-    table = _table(*names)
+    table = output.table(*names)
     for place, item in enumerate(checkpoints):
         readable = item.HasField("create_time")  # its manifest, that is
         row: list[str | Text] = [
@@ -91,7 +93,7 @@ def _branch(item: pb.Ancestor | pb.Fork) -> Text:
 
 def metric_table(points: Iterable[pb.MetricPoint]) -> Table:
     """One line a step."""
-    table = _table("step", "loss", "smoothed", "gradient norm", "tokens/s", "seconds", "time")
+    table = output.table("step", "loss", "smoothed", "gradient norm", "tokens/s", "seconds", "time")
     for item in points:
         table.add_row(
             f"{item.step:,}",
@@ -138,7 +140,7 @@ def show_job(console: Console, job: pb.Job) -> None:
 
 
 def _attempt_table(attempts: Iterable[pb.Attempt]) -> Table:
-    table = _table("attempt", "from step", "began", "ran", "outcome", "")
+    table = output.table("attempt", "from step", "began", "ran", "outcome", "")
     for attempt in attempts:
         began = output.seconds(attempt.start_time)
         ended = attempt.HasField("end_time")
@@ -157,8 +159,9 @@ def _attempt_table(attempts: Iterable[pb.Attempt]) -> Table:
 
 def _workers(job: pb.Job) -> str:
     asked = job.spec.resources.workers
-    policy = pb.Sizing.Name(asked.policy).removeprefix("SIZING_").lower()
-    span = f" of {asked.min} to {asked.max}, {policy}" if asked.max > asked.min else ""
+    span = (
+        f" of {asked.min} to {asked.max}, {output.sizing(asked)}" if asked.max > asked.min else ""
+    )
     return f"{job.workers}{span}"
 
 
@@ -195,13 +198,6 @@ def _times(job: pb.Job) -> str:
     if job.HasField("end_time"):
         times.append(f"ended {output.local_time(job.end_time)}")
     return ", ".join(times)
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in names:
-        table.add_column(name, no_wrap=name in ("job", "state", "step", "age"))
-    return table
 
 
 def _line(console: Console, label: str, text: str, style: str = "") -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import click
@@ -19,10 +19,12 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
+from rich.table import Table
 
 from everstep.v1 import everstep_pb2 as pb
 
 PLAIN_WIDTH = 140  # of what goes to a file or a pipe
+WHOLE = frozenset({"job", "state", "step", "age", "node", "address", "waiting"})
 
 STATE_STYLES = {
     "RUNNING": "green",
@@ -37,6 +39,19 @@ def console(*, stderr: bool = False) -> Console:
     """stdout, or stderr; a pipe gets the same width everywhere."""
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else PLAIN_WIDTH
     return Console(width=width, markup=False, highlight=False, emoji=False, stderr=stderr)
+
+
+def table(*names: str, whole: Collection[str] = WHOLE) -> Table:
+    """An empty table; whole: the columns that are never broken over lines."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in names:
+        made.add_column(name, no_wrap=name in whole)
+    return made
+
+
+def sizing(asked: pb.WorkersSpec) -> str:
+    """A policy as specs write it."""
+    return pb.Sizing.Name(asked.policy).removeprefix("SIZING_").lower()
 
 
 def fail(message: str) -> None:

@@ -137,8 +137,7 @@ def _batch(plan: pb.Plan) -> str:
 def _workers(plan: pb.Plan) -> str:
     asked = plan.spec.resources.workers
     options = ", ".join(f"{each.workers} x {each.grad_accum_steps}" for each in plan.workers)
-    policy = pb.Sizing.Name(asked.policy).removeprefix("SIZING_").lower()
-    return f"{asked.min} to {asked.max}, {policy}; workers x micro-batches: {options}"
+    return f"{asked.min} to {asked.max}, {output.sizing(asked)}; workers x micro-batches: {options}"
 
 
 def _steps(plan: pb.Plan) -> str:

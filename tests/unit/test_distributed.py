@@ -68,13 +68,12 @@ def steps(model: GPT, optimizer: Optimizer, world: World, seeds: tuple[int, ...]
             total = {name: total[name] + p.grad for name, p in named.items() if p.grad is not None}
         for name, parameter in named.items():
             parameter.grad = total[name]
-        world.sum_at_owner_([(total[name], optimizer.owner[name]) for name in named])
-        own = [p for name, p in named.items() if name in optimizer.own]
-        norms.append(clip_grad_norm(own, 1.0, world).item())
+        world.sum_at_owner_(optimizer.owned(lambda parameter: parameter.grad))
+        norms.append(clip_grad_norm(optimizer.own_parameters, 1.0, world).item())
         optimizer.apply(SCHEDULE.at(step))
         optimizer.step()
         optimizer.zero_grad()
-        world.spread_([(p.data, optimizer.owner[name]) for name, p in named.items()])
+        world.spread_(optimizer.owned(lambda parameter: parameter.data))
     return norms
 
 

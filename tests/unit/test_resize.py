@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tests.unit.test_distributed import RANKS, both, meet
 from tests.unit.test_parity import GROUPS, RECORDED, SPEC, STEPS, batches, model_at, off
@@ -39,13 +37,7 @@ def train(
 ) -> tuple[list[float], list[float]]:
     """Mean losses and norms of steps: each rank takes its part of the micro-steps, in order."""
     schedule = Schedule(SPEC.schedule, GROUPS)
-    named = dict(model.named_parameters())
     losses, norms = [], []
-
-    def owned(of: Callable[[torch.nn.Parameter], Tensor | None]) -> list[tuple[Tensor, int]]:
-        found = ((of(p), optimizer.owner[name]) for name, p in named.items())
-        return [(tensor, rank) for tensor, rank in found if tensor is not None]
-
     for step in steps:
         torch.set_num_threads(1)
         micro = list(batches(step))
@@ -55,15 +47,14 @@ def train(
             loss = model(x_BT, y_BT) / len(micro)
             loss.backward()
             total += loss.detach()
-        world.sum_at_owner_(owned(lambda parameter: parameter.grad))
+        world.sum_at_owner_(optimizer.owned(lambda parameter: parameter.grad))
         world.sum_([total])
-        own = [p for name, p in named.items() if name in optimizer.own]
-        norms.append(clip_grad_norm(own, world=world).item())
+        norms.append(clip_grad_norm(optimizer.own_parameters, world=world).item())
         losses.append(total.item())
         optimizer.apply(schedule.at(step))
         optimizer.step()
         optimizer.zero_grad()
-        world.spread_(owned(lambda parameter: parameter.data))
+        world.spread_(optimizer.owned(lambda parameter: parameter.data))
     return losses, norms
 
 

@@ -295,7 +295,9 @@ def test_a_worker_must_fit_on_one_node() -> None:
     assert "must fit on one node" in decision.waiting["JOB1"]
     crossed = [machine(1, 0, 8), machine(2, 2, 1), machine(3, 1, 2)]
     assert shortfall(job(1, cpus=2, gpus=1).spec.resources, 2, crossed) == {
-        "workers": "2 workers of 1 GPU and 2 CPU, each on one node: the cluster has places for 1"
+        "workers.min": (
+            "2 workers of 1 GPU and 2 CPU, each on one node: the cluster has places for 1"
+        )
     }
     assert set(shortfall(wide.spec.resources, 3, nodes)) == {"gpus_per_worker", "cpus_per_worker"}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from trainer.contract.devices import Device
 from trainer.contract.ownership import owners
@@ -92,7 +93,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """What one worker needs, and what would fit."""
     compiled = compiles(spec, shape, start_step, gpu=spec.resources.gpus_per_worker > 0)
-    rows = spec.batch.device_batch_size
+    shares = _shares(spec, shape)
+    moments = max(moments for _, moments in shares)
+    parts = partial(_parts, spec, shape, moments, compiled)
     limit = device.usable_bytes if device is not None else None
     largest = None
     if limit is not None:
@@ -101,11 +104,11 @@ def estimate_memory(
         fitting = (
             each
             for each in range(most, 0, -1)
-            if most % each == 0 and sum(_parts(spec, shape, each, compiled).values()) <= limit
+            if most % each == 0 and sum(parts(each).values()) <= limit
         )
         largest = next(fitting, 0)
-    snapshot = SNAPSHOTS * max(map(sum, _shares(spec, shape)))
-    return MemoryEstimate(_parts(spec, shape, rows, compiled), limit, largest, snapshot)
+    snapshot = SNAPSHOTS * max(map(sum, shares))
+    return MemoryEstimate(parts(spec.batch.device_batch_size), limit, largest, snapshot)
 
 
 def compiles(spec: JobSpec, shape: ModelShape, start_step: int, gpu: bool) -> bool:
@@ -158,7 +161,9 @@ def size(count: float) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def _parts(spec: JobSpec, shape: ModelShape, rows: int, compiled: bool) -> dict[str, int]:
+def _parts(
+    spec: JobSpec, shape: ModelShape, moments: int, compiled: bool, rows: int
+) -> dict[str, int]:
     """What is alive at the peak: either the end of a forward pass or the update."""
     gpu = spec.resources.gpus_per_worker > 0
     low = spec.precision.compute is Compute.BF16
@@ -167,7 +172,7 @@ def _parts(spec: JobSpec, shape: ModelShape, rows: int, compiled: bool) -> dict[
     found = {
         "weights": weights,
         "gradients": weights,
-        "optimizer": max(moments for _, moments in _shares(spec, shape)),
+        "optimizer": moments,
     }
     activations, loss = _forward(shape, rows * shape.sequence_len, kept, low, gpu)
     update = _update(shape, kept)
