@@ -34,10 +34,6 @@ class Capacity:
         """What there is with what somebody gives back, or has not got (negative)."""
         return replace(self, gpus=self.gpus + given.gpus, cpus=self.cpus + given.cpus)
 
-    def holds(self, need: Capacity) -> bool:
-        """Whether need fits in this."""
-        return need.gpus <= self.gpus and need.cpus <= self.cpus
-
     def times(self, number: int) -> Capacity:
         """What so many need."""
         return replace(self, gpus=self.gpus * number, cpus=self.cpus * number)
@@ -56,7 +52,7 @@ class Node:
     """One machine. id: Ray's, another one each time that the machine joins.
 
     gpus, cpus: whole, all that Ray may give away there. alive: Ray still lists a machine that is
-    gone. draining: it is about to go; nothing new starts there and what is there leaves. kept_out:
+    gone. draining: nothing new starts there and what is there leaves. kept_out:
     why it must hold nothing; empty: it may.
     """
 
@@ -110,10 +106,9 @@ class Room:
         """The usable ones, by id."""
         return set(self._free)
 
-    @property
-    def free(self) -> Capacity:
-        """What all nodes have left together; never negative."""
-        left = self._free.values()
+    def free(self, worker: Capacity) -> Capacity:
+        """What the nodes of a worker's type have left together; never negative."""
+        left = [free for free in self._free.values() if worker.gpu_type in ("", free.gpu_type)]
         return Capacity(sum(max(f.gpus, 0) for f in left), sum(max(f.cpus, 0) for f in left))
 
     def slots(self, worker: Capacity) -> int:

@@ -306,8 +306,9 @@ class Reconciler:
         found = settle(wanted, others, self.nodes or ())
         if found is None:
             return await self._move(job, JobState.QUEUED, f"{reason}; there is no place for it now")
-        if found.workers != job.workers:
+        if wanted.workers != job.workers:  # whatever came of it: it was stopped for it
             found = replace(found, resized_at=time.time())
+        if found.workers != job.workers:
             reason = f"resized from {job.workers} to {found.workers} workers: {reason}"
         return await self._start(found, reason)
 

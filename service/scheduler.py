@@ -213,23 +213,21 @@ class _Round:
     def admit(self, job: Job, place: int) -> None:
         """Start a queued job unless one before it waits; see who could make way for it."""
         numbers, worker = numbers_of(job), worker_of(job.spec.resources)
-        need, total = worker.times(numbers[0]), self._empty.free
         where = f"place {place} in the queue"
         if self._empty.slots(worker) < numbers[0]:
             # What can't run until the cluster grows back must not keep others from running.
-            has = f"the cluster now has only {total.gpus} and {total.cpus}"
-            self.waiting[job.id] = f"needs {_words(need)}, {has}"
-            if total.holds(need):
-                lacks = shortfall(job.spec.resources, numbers[0], self._nodes)
-                self.waiting[job.id] = "; ".join(lacks.values())
+            lacks = shortfall(job.spec.resources, numbers[0], self._nodes)
+            self.waiting[job.id] = "; ".join(lacks.values())
         elif self._blocked is not None:
             self.waiting[job.id] = f"{where}, behind job {self._blocked.id}"
         elif placement := _largest(self._room, job, numbers[:1] if _gives(job) else numbers):
             self._begin(job, placement)
         else:
-            self._blocked, free = job, self._room.free
+            self._blocked = job
+            free, total = self._room.free(worker), self._empty.free(worker)
+            need = _words(worker.times(numbers[0]))
             self.waiting[job.id] = (
-                f"{where}: needs {_words(need)}, free are {free.gpus} and {free.cpus} of "
+                f"{where}: needs {need}, free are {free.gpus} and {free.cpus} of "
                 f"{total.gpus} and {total.cpus}"
             )
             if asked := self._make_way(job):

@@ -32,7 +32,7 @@ class Upkeep:
         return tuple(
             replace(
                 node,
-                draining=node.draining or node.address in self._drained,
+                draining=node.address in self._drained,
                 kept_out=build.difference(node.labels, self._ours),
             )
             for node in nodes
@@ -40,8 +40,7 @@ class Upkeep:
 
     def why_unused(self, node: Node) -> str:
         """In words; empty: jobs may be there."""
-        actor = self._drained.get(node.address, "")
-        drained = f"drained by {actor or 'Ray'}" if node.draining else ""
+        drained = f"drained by {self._drained[node.address]}" if node.draining else ""
         return ", ".join(filter(None, (drained, node.kept_out)))
 
     def is_drained(self, address: str) -> bool:

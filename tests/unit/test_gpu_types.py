@@ -64,10 +64,12 @@ def test_workers_of_one_job_share_a_type() -> None:
 
 
 def test_one_that_waits_for_its_type_says_which_and_is_no_obstacle_where_there_is_none() -> None:
-    nodes = [node(1, "H100")]
+    nodes = [node(1, "H100"), node(2, "H200", gpus=4)]
     started, waiting = placed(wants(1, "H100"), wants(2, "H100"), on=nodes)
     assert list(started) == ["JOB1"]
-    assert "needs 1 GPU of type h100 and 2 CPU" in waiting["JOB2"]
+    assert waiting["JOB2"] == (
+        "place 2 in the queue: needs 1 GPU of type h100 and 2 CPU, free are 0 and 6 of 1 and 8"
+    )
     started, _ = placed(wants(1, "A100"), wants(2, "H100"), on=nodes)
     assert list(started) == ["JOB2"]
 

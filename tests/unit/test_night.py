@@ -146,6 +146,9 @@ async def test_the_reconciler_brings_the_same_night_about(tmp_path: Path) -> Non
                     done.add(jobs[which].id)
                 case ("nodes", nodes):
                     plane.cluster.machines = nodes
+                    for node in nodes:
+                        if node.draining:
+                            await plane.upkeep.drain(node, "admin")
             await next_round(plane, done, attempts)
             found = await plane.jobs.unfinished()
             told.append({j.submission: len(j.placement) for j in found if j.holds_resources})
