@@ -16,7 +16,7 @@ import torch
 import torch._functorch.config
 
 from trainer.contract.devices import Device, find_device
-from trainer.contract.memory import compiles
+from trainer.contract.memory import ALLOCATOR, compiles
 from trainer.contract.shape import ModelShape
 from trainer.contract.spec import Compute, Embeddings, JobSpec
 from trainer.distributed import World
@@ -47,7 +47,7 @@ def prepare(
     """
     # Read by torch when it first compiles or touches CUDA, so before either.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
     if spec.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"

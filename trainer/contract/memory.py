@@ -29,6 +29,11 @@ GPU_CONTEXT_BYTES = 500 * 10**6  # assumption: CUDA's context and libraries, out
 # some 1e11 FLOP/s (assumption): it pays from here on.
 CPU_COMPILE_PAYS_FLOPS = 5e13
 SNAPSHOTS = 2  # alive at most: the one being written and the next
+# Torch's configuration of its allocators (PYTORCH_CUDA_ALLOC_CONF), read once, when torch is loaded
+# or first used. Pinned host memory is rounded up to a power of two, for the sake of a cache of
+# freed blocks; past the size that is cached it is not. So a snapshot takes its own bytes, as
+# planned, and batches are far below. A power of two itself: a cached block must not be too small.
+ALLOCATOR = "expandable_segments:True,pinned_max_cached_size_mb:64"
 
 
 @dataclass(frozen=True)
