@@ -17,14 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from everstep.v1 import everstep_pb2 as pb
 from trainer.assembly import Blueprint
 from trainer.checkpoint.snapshot import Snapshots
 from trainer.checkpoint.spool import Spool, salvage, sweep
-from trainer.checkpoint.train_state import TrainState, restore
-from trainer.checkpoint.writer import NOTHING, CheckpointWriter
+from trainer.checkpoint.train_state import TrainState
+from trainer.checkpoint.writer import CheckpointWriter
 from trainer.contract.credential import AttemptIdentity, attempt_credential
 from trainer.contract.memory import fitted, smaller_batch
 from trainer.contract.outcome import EXIT_CODES, AttemptResult, Outcome
@@ -33,24 +33,21 @@ from trainer.data.loader import Prefetcher
 from trainer.distributed import World
 from trainer.events import CheckpointPassedOver, Directive, Event, Point, Reporter, Warned
 from trainer.failures import outcome_of
-from trainer.gpt import GPT
 from trainer.gpu import watch_gpus
 from trainer.logs import LoggingReporter, LogShipper
 from trainer.loop import Loop, LoopEnd, Parts
-from trainer.optim import Optimizer
 from trainer.pace import Pace
 from trainer.report import ServiceReporter
 from trainer.runtime import look, prepare
-from trainer.start import Start, choose_start, download
+from trainer.start import START_BUDGET_S, Start, choose_start, load
 from trainer.storage.layout import MAX_STEP
 from trainer.storage.object_store import ObjectStore, StoreError, open_store
-from trainer.storage.repository import (
-    CheckpointRepository,
-)
+from trainer.storage.repository import CheckpointRepository
 from trainer.storage.retry import patiently
 from trainer.watchdog import STALL_FLOOR_S, TICK_S, Stall, Watchdog
 
-START_BUDGET_S = 60.0  # of retries, while storage is away when an attempt begins
+T = TypeVar("T")
+
 FINAL_SAVE_S = 300.0  # the last checkpoint's upload, before it is given up
 FAILED_SAVE_S = 60.0
 MAX_MESSAGE = 2000
@@ -147,6 +144,7 @@ def _run(
     )
     spool = Spool(cache / "spool", context.job_id)
     copies = cache / "restore" / f"{context.job_id}-{context.host_number}"
+    cleanup.callback(shutil.rmtree, copies, ignore_errors=True)  # where loading fails
     start = _start(context, world, repository, blueprint, spool, copies)
     progress.attempt, progress.state = start.attempt, start.state
     asked = blueprint.spec.batch.device_batch_size
@@ -162,7 +160,7 @@ def _run(
     validation = blueprint.validation(cache)
     _say_how_it_starts(reporter, start, blueprint.spec, asked, len(validation.rows))
     model, optimizer = blueprint.model(runtime, world)
-    _load(start, store, copies, model, optimizer, world)
+    load(start, store, copies, model, optimizer, world)
     writer = CheckpointWriter(
         repository,
         blueprint.provenance(start.attempt, validation),
@@ -198,11 +196,7 @@ def _run(
         watchdog=_watchdog(context, world, reporter, progress),
         pace=Pace(world, runtime.device),
     )
-    outcome, message = _last_save(writer, world, Loop(parts, start.state).run())
-    if outcome is Outcome.NOT_FINITE:
-        message += f"; the last good checkpoint is {writer.committed or start.ref or 'none'}"
-    saved = writer.committed.step if writer.committed else None
-    return AttemptResult(start.attempt, outcome, message, start.state.step, saved)
+    return _ended(writer, world, start, Loop(parts, start.state).run())
 
 
 def _ship_logs(
@@ -251,43 +245,32 @@ def _start(
     spool: Spool,
     copies: Path,
 ) -> Start:
-    """Every box brings what it still has to the store; then rank 0 chooses and claims."""
-    if world.local_rank == 0:
-        patiently(lambda: salvage(spool, repository, commits=False), START_BUDGET_S)
-    world.share(0)  # all boxes are done
+    """Every box brings what it still has to the store; then rank 0 chooses and claims.
+
+    First the parts of all boxes, then the commit by the one that rank 0 of that time was on.
+    """
 
     def choose() -> Start:
-        for ref in salvage(spool, repository, commits=True):
-            log.info("%s was on this box's disk only; it is committed now", ref)
         start = choose_start(repository, blueprint.document, copies, context.host)
         return replace(start, too_large=repository.too_large())
 
-    chosen: Start | None = None
-    if world.is_first:
-        chosen = patiently(choose, START_BUDGET_S)
-        context.on_claim(chosen.attempt)
+    def on_each_box(work: Callable[[], T]) -> None:
+        world.all_do(lambda: world.local_rank == 0 and patiently(work, START_BUDGET_S))
+
+    for killed in copies.parent.glob(f"{context.job_id}-*"):  # while it loaded
+        shutil.rmtree(killed, ignore_errors=True)
+    on_each_box(lambda: salvage(spool, repository, commits=False))
+    on_each_box(lambda: salvage(spool, repository, commits=True))
+    chosen = world.all_do(lambda: patiently(choose, START_BUDGET_S) if world.is_first else None)
     start = world.share_object(chosen)
     assert start is not None, "rank 0 has chosen"
+    if world.is_first:
+        context.on_claim(start.attempt)
     if world.local_rank == 0:
         spool.drop(MAX_STEP)  # of attempts that this one follows
         sweep(Path(context.cache_dir) / "spool", context.job_id, time.time())
-    world.share(0)  # before anybody writes there
+    world.meet()  # before anybody writes there
     return start
-
-
-def _load(
-    start: Start, store: ObjectStore, copies: Path, model: GPT, optimizer: Optimizer, world: World
-) -> None:
-    """Load what the attempt starts from. A box's first rank fetches the parts, all read them."""
-    if start.manifest is None or start.ref is None:
-        return
-    if world.local_rank == 0 and not world.is_first:  # on the first box choosing has copied them
-        download(CheckpointRepository(store, start.ref.job_id), start.ref, start.manifest, copies)
-    world.share(0)  # the copies are there
-    restore([copies / part.name for part in start.manifest.parts], start.state, model, optimizer)
-    world.share(0)  # every rank has read them
-    if world.local_rank == 0:
-        shutil.rmtree(copies, ignore_errors=True)
 
 
 def _watchdog(
@@ -325,20 +308,35 @@ def _stands_still(
     context.end_process(EXIT_CODES[Outcome.STALLED])
 
 
-def _last_save(writer: CheckpointWriter, world: World, end: LoopEnd) -> tuple[Outcome, str]:
-    """Wait for the last checkpoint: a job is not done before it is safe."""
-    outcome, message = end.outcome, end.message
+def _ended(writer: CheckpointWriter, world: World, start: Start, end: LoopEnd) -> AttemptResult:
+    """Wait for the last checkpoint: a job is not done before it is safe, of all ranks.
+
+    Every rank tells the same end, but where one alone knows of it.
+    """
+    result = AttemptResult(start.attempt, end.outcome, end.message, start.state.step)
+    if end.outcome in (Outcome.STALE_WRITER, Outcome.HYPERPARAMETERS_NOT_APPLIED):
+        return result
     saved = writer.drain(FINAL_SAVE_S)
-    if writer.stale:
-        return Outcome.STALE_WRITER, "a newer attempt of this job is at work"
-    writer.forget(world.share(writer.committed.step if writer.committed else NOTHING))
+    saved, current, on_disk = world.all_true(saved, not writer.stale, writer.on_disk)
+    if not current:
+        message = "a newer attempt of this job is at work"
+        return replace(result, outcome=Outcome.STALE_WRITER, message=message)
+    committed = world.share_object(writer.committed)
+    if committed is not None:
+        writer.forget(committed.step)
+        result = replace(result, checkpoint_step=committed.step)
+    message = end.message
+    if end.outcome is Outcome.NOT_FINITE:
+        message += f"; the last good checkpoint is {committed or start.ref or 'none'}"
     if saved:
-        return outcome, message
+        return replace(result, message=message)
+    kept = "stays on the boxes' disks, from where the next attempt there brings it to the store"
     message += (
-        f"; the last checkpoint could not be stored within {FINAL_SAVE_S:.0f} s and stays on this "
-        "box's disk, from where the next attempt here brings it to the store"
+        f"; the last checkpoint could not be stored within {FINAL_SAVE_S:.0f} s and "
+        f"{kept if on_disk else 'not every disk took it: its steps are lost'}"
     )
-    return Outcome.STORE_UNAVAILABLE if outcome is Outcome.COMPLETED else outcome, message
+    outcome = Outcome.STORE_UNAVAILABLE if end.outcome is Outcome.COMPLETED else end.outcome
+    return replace(result, outcome=outcome, message=message)
 
 
 def _reporter(context: AttemptContext, world: World, start: Start) -> Reporter:

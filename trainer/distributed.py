@@ -7,6 +7,7 @@ has one shape for any world size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+SIGN_OF_LIFE_S = 5.0  # far less than ranks wait for one another
 OWN_MESSAGE_BYTES = 1 << 20  # from here on a message's latency no longer counts
 
 
@@ -91,6 +93,27 @@ class World:
         box = torch.tensor(values, dtype=torch.int64, device=_meeting_device())
         dist.all_reduce(box, op=dist.ReduceOp.MIN)
         return [bool(value) for value in box.tolist()]
+
+    def meet(self) -> None:
+        """Return once every rank has called it."""
+        self.all_true(True)
+
+    def all_do(self, work: Callable[[], T]) -> T:
+        """Do this rank's own work; return once every rank has done its own, however long it takes.
+
+        For what may take longer than a collective waits; an error of work is raised at once. Work
+        may not use collectives. Every rank must call it.
+        """
+        if self.size == 1:
+            return work()
+        with ThreadPoolExecutor(1) as pool:
+            working = pool.submit(work)
+            while True:
+                wait([working], SIGN_OF_LIFE_S)
+                if working.done():
+                    working.result()  # its error isn't kept until the others are done
+                if self.all_true(working.done())[0]:
+                    return working.result()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order, on every rank; for small values at the start."""

@@ -90,6 +90,7 @@ class Loop:
         self._saved_at = time.monotonic()
         self._due_since: float | None = None  # a checkpoint that found no room; on all ranks alike
         self._checkpoint_s = 0.0  # spent on checkpoints since the last point
+        self._told = Directive.GO_ON  # rank 0's word, as it came with the last step's sums
 
     def run(self) -> LoopEnd:
         """Train until the horizon, a stop, or a failure that the end names."""
@@ -98,6 +99,8 @@ class Loop:
 
     def _run(self) -> LoopEnd:
         first = True
+        if self._parts.world.size > 1:
+            self._told = Directive(self._parts.world.share(self._asked().value))
         while self._state.step < self._horizon:
             if self._agree() is Directive.STOP:
                 self._checkpoint(wait=True)
@@ -131,7 +134,8 @@ class Loop:
             loss = parts.forward(x_BT, y_BT) * share
             loss.backward()  # type: ignore[no-untyped-call] # torch's own annotation is missing
             loss_sum += loss.detach()
-        gradient_norm, mean_loss, *busy_s = self._reduce(loss_sum)
+        gradient_norm, mean_loss, word, *busy_s = self._reduce(loss_sum)
+        self._told = Directive(int(word))
         if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
             message = (
                 f"step {state.step + 1}: loss {mean_loss}, gradient norm {gradient_norm}; "
@@ -180,12 +184,13 @@ class Loop:
 
     @torch.no_grad()
     def _reduce(self, loss_sum: Tensor) -> list[float]:
-        """Gradients to their owners; then their norm, the mean loss, and the seconds that each
-        rank was busy in the step before.
+        """Gradients to their owners; then their norm, the mean loss, rank 0's word, and the
+        seconds that each rank was busy in the step before.
         """
         parts, world = self._parts, self._parts.world
-        told = torch.zeros(1 + world.size, dtype=torch.float64, device=parts.device)
-        told[0], told[1 + world.rank] = loss_sum, parts.pace.last_s
+        told = torch.zeros(2 + world.size, dtype=torch.float64, device=parts.device)
+        told[0], told[2 + world.rank] = loss_sum, parts.pace.last_s
+        told[1] = self._asked().value if world.size > 1 else 0
         parts.pace.end()
         world.sum_at_owner_(parts.optimizer.owned(lambda parameter: parameter.grad))
         world.sum_([told])
@@ -214,16 +219,23 @@ class Loop:
             self._checkpoint()
 
     def _agree(self) -> Directive:
-        """What to do before the next step: rank 0's word, common to all ranks."""
-        word = Directive.GO_ON
-        if self._parts.world.is_first:
-            word = self._parts.reporter.directive()
-            limit_s = self._parts.spec.checkpoint.every_s
-            if limit_s and time.monotonic() - self._saved_at >= limit_s:
-                word = max(word, Directive.CHECKPOINT, key=lambda each: each.value)
-        word = Directive(self._parts.world.share(word.value))
+        """What to do before the next step: rank 0's word, common to all ranks.
+
+        Of several as it was in the step before: a message of its own would wait for the device.
+        """
+        word = self._asked() if self._parts.world.size == 1 else self._told
         if word is Directive.CHECKPOINT or self._due_since is not None:
             self._checkpoint()
+        return word
+
+    def _asked(self) -> Directive:
+        """Rank 0's word on what to do before the next step; the others have none."""
+        if not self._parts.world.is_first:
+            return Directive.GO_ON
+        word = self._parts.reporter.directive()
+        limit_s = self._parts.spec.checkpoint.every_s
+        if limit_s and time.monotonic() - self._saved_at >= limit_s:
+            word = max(word, Directive.CHECKPOINT, key=lambda each: each.value)
         return word
 
     def _checkpoint(self, wait: bool = False) -> None:

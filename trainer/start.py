@@ -1,4 +1,4 @@
-"""What an attempt starts from: chosen, verified, claimed.
+"""What an attempt starts from: chosen, verified, claimed, loaded.
 
 Invariant: a claim names the checkpoint that was read back whole before it; what could not be read
 is passed over to an older one, and said.
@@ -14,18 +14,33 @@ from functools import partial
 from pathlib import Path
 
 from trainer.checkpoint.nanochat import read_nanochat, write_tensors
-from trainer.checkpoint.train_state import StateMisfitError, TrainState
+from trainer.checkpoint.train_state import StateMisfitError, TrainState, restore
 from trainer.contract.spec import JobSpec
 from trainer.data.loader import START, Position
+from trainer.distributed import World
+from trainer.gpt import GPT
+from trainer.optim import Optimizer
 from trainer.storage.documents import sha256_hex
 from trainer.storage.layout import part_name
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest, Part
 from trainer.storage.nanochat_files import NanochatCheckpointError, NanochatFileCorruptError
-from trainer.storage.object_store import NotFoundError, open_store
-from trainer.storage.repository import CheckpointRepository, Loaded, Rejected
+from trainer.storage.object_store import (
+    NotFoundError,
+    ObjectStore,
+    StoreUnavailableError,
+    open_store,
+)
+from trainer.storage.repository import (
+    CheckpointRepository,
+    CorruptCheckpointError,
+    Loaded,
+    Rejected,
+)
+from trainer.storage.retry import patiently
 from trainer.versions import running_versions
 
 DOWNLOADS = 4  # parts at once
+START_BUDGET_S = 60.0  # of retries, while storage is away when an attempt begins
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,33 @@ def download(
         for _ in pool.map(partial(repository.read_part, ref), manifest.parts, files):
             pass
     return files
+
+
+def load(
+    start: Start, store: ObjectStore, copies: Path, model: GPT, optimizer: Optimizer, world: World
+) -> None:
+    """Load what was chosen. A box's first rank fetches the parts, its ranks read them."""
+    if start.manifest is None or start.ref is None:
+        return
+    repository = CheckpointRepository(store, start.ref.job_id)
+    fetch = partial(_fetch, repository, start.ref, start.manifest, copies)
+    # On the first box choosing has copied them.
+    fetches = world.local_rank == 0 and not world.is_first
+    world.all_do(lambda: fetches and patiently(fetch, START_BUDGET_S))
+    restore([copies / part.name for part in start.manifest.parts], start.state, model, optimizer)
+    world.meet()  # every rank has read them
+    if world.local_rank == 0:
+        shutil.rmtree(copies, ignore_errors=True)
+
+
+def _fetch(
+    repository: CheckpointRepository, ref: CheckpointRef, manifest: Manifest, copies: Path
+) -> None:
+    """The parts to another box than rank 0's, which has just read them whole."""
+    try:
+        download(repository, ref, manifest, copies)
+    except CorruptCheckpointError as error:
+        raise StoreUnavailableError(f"damaged on its way to this box: {error}") from error
 
 
 def _from_parent(repository: CheckpointRepository, document: JobDocument, folder: Path) -> Start:

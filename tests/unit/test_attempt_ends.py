@@ -22,8 +22,14 @@ from tests.fakes.attempts import (
 )
 from tests.fakes.corpus import write_corpus
 from tests.fakes.reporter import RecordingReporter
+from tests.unit.test_writer import Bench
+from trainer.attempt import _ended
+from trainer.checkpoint.train_state import TrainState
 from trainer.contract.outcome import Outcome
+from trainer.distributed import World
 from trainer.events import CheckpointCommitted, CheckpointPassedOver, Evaluated, Warned
+from trainer.loop import LoopEnd
+from trainer.start import Start
 from trainer.storage.manifest import CheckpointRef, Part
 
 HORIZON = 12
@@ -213,3 +219,36 @@ def test_a_writer_whose_claim_was_taken_over_ends_as_stale(bucket: Bucket) -> No
     result, _ = bucket.run("JOB", reporter=TakenOver())
     assert (result.outcome, result.attempt) == (Outcome.STALE_WRITER, 1)
     assert result.step < 1000
+
+
+class _OneOfTwo(World):
+    """A rank whose fellow says what a test lets it."""
+
+    others: tuple[bool, ...] = ()
+
+    def all_true(self, *values: bool) -> list[bool]:
+        return [own and other for own, other in zip(values, self.others, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("others", "outcome", "words"),
+    [
+        ((True, True, True), Outcome.COMPLETED, "done"),
+        ((False, True, True), Outcome.STORE_UNAVAILABLE, "stays on the boxes' disks"),
+        ((False, True, False), Outcome.STORE_UNAVAILABLE, "not every disk took it"),
+        ((True, False, True), Outcome.STALE_WRITER, "a newer attempt"),
+    ],
+)
+def test_an_attempt_ends_as_its_least_lucky_rank_does(
+    tmp_path: Path, others: tuple[bool, ...], outcome: Outcome, words: str
+) -> None:
+    bench = Bench(tmp_path)
+    bench.save(3)
+    world = _OneOfTwo()
+    object.__setattr__(world, "others", others)
+    start = Start(1, None, TrainState(step=3), None, ())
+    result = _ended(bench.writer, world, start, LoopEnd(Outcome.COMPLETED, "done"))
+    assert (result.outcome, result.step) == (outcome, 3)
+    assert words in result.message
+    assert result.checkpoint_step == (None if outcome is Outcome.STALE_WRITER else 3)
+    bench.close()

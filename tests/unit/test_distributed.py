@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from tests.unit.test_optim import GROUPS, SCHEDULE, fill_gradients, training_model
+from trainer import distributed
 from trainer.checkpoint.train_state import TrainState, live_tensors, restore
 from trainer.contract.outcome import Outcome
 from trainer.distributed import OWN_MESSAGE_BYTES, World
@@ -24,6 +27,7 @@ from trainer.optim import Optimizer, clip_grad_norm
 RANKS = 2
 STEPS = 3
 JOIN_S = 120.0
+LATE_S = 1.0
 
 
 def tensors(rank: int) -> list[torch.Tensor]:
@@ -34,9 +38,15 @@ def tensors(rank: int) -> list[torch.Tensor]:
     return [large, (2 * large).mT, small, small.to(torch.bfloat16), torch.tensor(float(rank))]
 
 
-def meet(folder: str, rank: int) -> World:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    return World(rank, RANKS, rank)
+def meet(folder: str, rank: int, ranks: int = RANKS, timeout_s: float = JOIN_S) -> World:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return World(rank, ranks, rank)
 
 
 def rank_sums(folder: str, rank: int) -> None:
@@ -88,6 +98,37 @@ def rank_trains(folder: str, rank: int) -> None:
     dist.destroy_process_group()
 
 
+def rank_waits_for_a_late_one(folder: str, rank: int) -> None:
+    """One of four comes late, each in its turn; the others wait, from whichever place."""
+    world = meet(folder, rank, ranks=4)
+    right = True
+    for late in range(4):
+        come = Path(folder, f"late{late}")
+        if rank == late:
+            time.sleep(LATE_S)
+            come.touch()
+        world.meet()
+        right &= come.exists()
+    dist.destroy_process_group()
+    sys.exit(not right)
+
+
+def rank_works_for_long(folder: str, rank: int) -> None:
+    """Rank 1's own work takes longer than a collective waits."""
+    world = meet(folder, rank, timeout_s=2 * LATE_S)
+    distributed.SIGN_OF_LIFE_S = LATE_S / 2
+
+    def work() -> int:
+        if rank == 1:
+            time.sleep(5 * LATE_S)
+            Path(folder, "done").touch()
+        return rank
+
+    right = world.all_do(work) == rank and Path(folder, "done").exists()
+    dist.destroy_process_group()
+    sys.exit(not right)
+
+
 def rank_loses_the_other(folder: str, rank: int) -> None:
     """Rank 1 goes in the middle of a sum; rank 0 exits with 0 if it knows what that means.
 
@@ -104,15 +145,20 @@ def rank_loses_the_other(folder: str, rank: int) -> None:
     os._exit(1)
 
 
-def both(what: Callable[[str, int], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def both(
+    what: Callable[[str, int], None],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int = RANKS,
+) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     spawn = get_context("spawn")
-    ranks = [spawn.Process(target=what, args=(str(folder), n)) for n in range(RANKS)]
+    ranks = [spawn.Process(target=what, args=(str(folder), n)) for n in range(number)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(JOIN_S)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [process.exitcode for process in ranks] == [0] * number
 
 
 def test_tensors_of_every_kind_are_summed_and_spread_in_place(
@@ -162,6 +208,23 @@ def test_a_lost_rank_is_a_failed_collective_to_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both(rank_loses_the_other, tmp_path, monkeypatch)
+
+
+def test_all_wait_for_the_one_that_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(rank_waits_for_a_late_one, tmp_path, monkeypatch, number=4)
+
+
+def test_a_ranks_own_work_may_take_longer_than_a_collective_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(rank_works_for_long, tmp_path, monkeypatch)
+
+
+def test_an_error_of_a_ranks_own_work_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        World().all_do(lambda: 1 // 0)
 
 
 def test_one_rank_alone_changes_nothing() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,6 +281,66 @@ def test_ranks_write_a_share_each_and_the_first_commits(tmp_path: Path) -> None:
     assert (first.on_disk(), second.on_disk()) == ([], [1])
     second.writer.forget(1)
     assert second.on_disk() == []
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_rank_that_is_done_leaves_the_box_what_another_still_uploads(tmp_path: Path) -> None:
+    stores = [FlakyStore(MemoryObjectStore()) for _ in range(2)]
+    stores[1].inner = stores[0].inner
+    first, second = (
+        Bench(tmp_path, world=World(r, 2, r), store=store) for r, store in enumerate(stores)
+    )
+    stores[0].gate.clear()
+    for step in (1, 2, 3):
+        upcoming = first.writer.upcoming(well=True)
+        for rank in (first, second):
+            rank.save(step, upcoming)
+        wait_until(lambda step=step: first.on_disk()[:1] == [step] and second.writer.on_disk)
+    assert second.writer.drain(WAIT_S)
+    assert 1 in first.on_disk(), "the first rank uploads it"
+    stores[0].gate.set()
+    assert first.writer.drain(WAIT_S)
+    assert first.commits() == [1, 3]
+    assert first.warnings() == []
+    for rank in (first, second):
+        rank.close()
+
+
+def test_a_share_that_a_full_disk_never_took_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FlakyStore(MemoryObjectStore())
+    first, second = ranks = [
+        Bench(tmp_path / str(r), world=World(r, 2, r), store=store) for r in range(2)
+    ]
+    full = second.scratch / "JOB" / "1-1" / "part-00001-00000.safetensors"
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+
+    def save(step: int) -> None:
+        upcoming = first.writer.upcoming(all(rank.writer.well for rank in ranks))
+        for rank in ranks:
+            rank.save(step, upcoming)
+
+    both_in_memory = threading.Event()
+    write = second.writer._spool.write
+
+    def late(*given: Any) -> Any:
+        assert both_in_memory.wait(WAIT_S)
+        return write(*given)
+
+    monkeypatch.setattr(second.writer._spool, "write", late)
+    save(1)
+    save(2)
+    both_in_memory.set()
+    wait_until(lambda: second.writer.on_disk)
+    assert "No space left" in second.warnings()[0]
+    assert not second.writer.well, "the others wait for what will not come"
+    save(3)
+    assert first.writer.drain(WAIT_S)
+    assert first.commits() == [3]
+    assert all(rank.writer.well for rank in ranks)
     for rank in ranks:
         rank.close()
 

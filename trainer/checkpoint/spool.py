@@ -143,6 +143,7 @@ def salvage(spool: Spool, repository: CheckpointRepository, commits: bool) -> li
             elif share.draft is not None and not saved:
                 try:
                     repository.commit(repository.gather(share))
+                    log.info("%s was on boxes' disks only; it is committed now", ref)
                     saved.append(ref)
                 except (ShareMissingError, CorruptCheckpointError) as error:
                     log.warning("%s on this box is not whole: %s", ref, error)

@@ -105,6 +105,8 @@ class CheckpointWriter:
         self._fresh: deque[_Order] = deque()  # in memory; the first is being written to disk
         self._local: dict[int, tuple[_Order, Share]] = {}  # on disk, by step
         self._wanted: list[int] = []  # steps to store; the first is under way
+        self._kept: set[int] = set()  # steps that a rank of this box may still read from the disk
+        self._lost: set[int] = set()  # steps that others may wait for, which this disk never took
         self._trouble: set[str] = set()  # the threads whose last try failed
         self._safe = NOTHING  # the step up to which the store has all, by rank 0's word
         self._closed = False
@@ -120,8 +122,13 @@ class CheckpointWriter:
 
     @property
     def well(self) -> bool:
-        """Whether nothing is being tried again."""
-        return not self._trouble
+        """Whether nothing is being tried again, or was given up while others count on it."""
+        return not (self._trouble or self._lost)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether this box's disk has what was handed in."""
+        return not self._fresh
 
     def upcoming(self, well: bool) -> Upcoming:
         """What rank 0 means to do with older snapshots; well: no rank is in trouble.
@@ -140,6 +147,8 @@ class CheckpointWriter:
             self._safe = upcoming.committed
             self._wanted = [step for step in self._wanted if step in upcoming.wanted]
             self._wanted.append(snapshot.step)
+            self._kept = {*upcoming.wanted, snapshot.step}
+            self._lost &= set(upcoming.wanted)
             self._changed.notify_all()
 
     def wait_for_room(self) -> None:
@@ -182,8 +191,9 @@ class CheckpointWriter:
                     self._local[step] = (order, share)
                 elif not self._closed and step in self._wanted:
                     self._wanted.remove(step)
+                    self._lost.add(step)
                 self._changed.notify_all()
-            self._spool.drop(self._safe, self._wanted)
+            self._spool.drop(self._safe, self._kept)
 
     def _store_all(self) -> None:
         """From disk to the store, what is wanted, in order."""
