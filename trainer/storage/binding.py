@@ -29,7 +29,6 @@ MAGIC = b"PAR1"
 TAIL_BYTES = 8  # footer length (4 bytes, little endian), then the magic
 GUESS_BYTES = 64 << 10  # one read takes most footers whole
 READ_THREADS = 16
-MAX_NAMED = 5  # a refusal names so many shards, then counts
 
 OpenStore = Callable[[str], ObjectStore]
 
@@ -147,41 +146,6 @@ def read_bound_tokenizer(ref: TokenizerRef, opener: OpenStore = open_store) -> T
             f"tokenizer {ref.uri} has changed: digest {files.sha256[:12]}, bound {ref.sha256[:12]}"
         )
     return files
-
-
-def check_unchanged(binding: DataBinding, store: ObjectStore) -> None:
-    """Compare every bound shard with what lies there now.
-
-    Raises:
-        DataChangedError: naming each shard that vanished or changed.
-    """
-    bound = (*binding.shards, binding.validation)
-    there = {info.key: info for info in list_shards(store)}
-    problems = []
-    same_size = []
-    for shard in bound:
-        info = there.get(shard.name)
-        if info is None:
-            problems.append(f"{shard.name} has vanished")
-        elif info.size_bytes != shard.size_bytes:
-            sizes = f"{info.size_bytes} bytes, bound with {shard.size_bytes}"
-            problems.append(f"{shard.name} has changed ({sizes})")
-        else:
-            same_size.append(shard)
-
-    def compare(shard: ShardRef) -> str | None:
-        try:
-            same = read_footer(store, there[shard.name]) == shard
-        except (NotParquetError, NotFoundError) as error:
-            return f"{shard.name} has changed ({error})"
-        return None if same else f"{shard.name} has changed (its footer differs)"
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        problems += [problem for problem in pool.map(compare, same_size) if problem]
-    if problems:
-        more = len(problems) - MAX_NAMED
-        tail = f"; and {more} more" if more > 0 else ""
-        raise DataChangedError(f"{binding.source}: {'; '.join(problems[:MAX_NAMED])}{tail}")
 
 
 def list_shards(store: ObjectStore) -> list[ObjectInfo]:
