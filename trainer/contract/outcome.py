@@ -28,7 +28,8 @@ class Outcome(StrEnum):
     COLLECTIVE_FAILED = "COLLECTIVE_FAILED"  # NCCL or gloo: a rank or the network between is gone
     START_TIMEOUT = "START_TIMEOUT"  # the workers did not get their resources in time
     STALE_WRITER = "STALE_WRITER"  # a newer attempt holds the claim
-    STORE_UNAVAILABLE = "STORE_UNAVAILABLE"  # storage could not be reached at the start
+    # Storage could not be reached at the start or for the last checkpoint, or the data for an hour.
+    STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
     STALLED = "STALLED"  # no step for many times the attempt's own median step
     OUT_OF_MEMORY = "OUT_OF_MEMORY"  # noted in the bucket: the next one takes half the device batch
     OUT_OF_MEMORY_AT_ONE_ROW = "OUT_OF_MEMORY_AT_ONE_ROW"  # there is no smaller device batch

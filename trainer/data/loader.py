@@ -159,7 +159,10 @@ class RowSequence:
 
 
 class Loader:
-    """One rank's batches. Every rank walks the same sequence and takes its slices."""
+    """One rank's batches. Every rank walks the same sequence and takes its slices.
+
+    closing: the reader's; no step waits any longer for a store once it is set.
+    """
 
     def __init__(
         self,
@@ -189,6 +192,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self.position = position
+        self.closing = reader.closing
 
     @property
     def report(self) -> PackReport:
@@ -225,7 +229,7 @@ class Prefetcher:
     def __init__(self, loader: Loader, depth: int = 2) -> None:
         self._loader = loader
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
+        self._stop = loader.closing
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
         self._thread.start()
@@ -243,7 +247,9 @@ class Prefetcher:
         raise self._failure
 
     def close(self) -> None:
-        """Stop and join the thread, after the step that it is preparing. Safe to repeat."""
+        """Stop and join the thread, after the step that it is preparing; one that waits for a
+        store is given up. Safe to repeat; the loader's reader waits for nothing from now on.
+        """
         self._stop.set()
         self._thread.join()
 

@@ -1,6 +1,7 @@
 """Reading the bound shards by row group, in place or through a local cache.
 
 Knows parquet and the binding; nothing of tokens. The only module that imports pyarrow for reading.
+Where a store or disk is in trouble, reading waits and tries again, which is safe: it only reads.
 
 Invariant: text comes only from a shard whose size and footer digest are those bound at submit, and
 whose bytes are those first read on this box; anything else is refused by name before a row of it
@@ -13,10 +14,12 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,11 +37,20 @@ from trainer.storage.object_store import (
     NotFoundError,
     ObjectInfo,
     ObjectStore,
+    StoreUnavailableError,
+    local_errors,
     write_file,
 )
+from trainer.storage.retry import patiently
+
+T = TypeVar("T")
 
 TEXT_COLUMN = "text"
 CACHE_BYTES = 32 << 30  # assumption: fits beside checkpoints on a training box's disk
+# Of retries while the data can't be read. Ending the attempt would help nobody: the next one needs
+# the same shard, and trains again what no checkpoint holds. An hour is an outage that somebody
+# mends (assumption); past it the end of the attempt says what the job waits for.
+DATA_BUDGET_S = 3600.0
 
 
 class ShardFormatError(ValueError):
@@ -46,7 +58,10 @@ class ShardFormatError(ValueError):
 
 
 class ShardReader:
-    """The shards of one binding. Keeps the last one open; for one thread."""
+    """The shards of one binding. Keeps the last one open; for one thread.
+
+    closing: once it is set, from any thread, nothing waits any longer for a store that is away.
+    """
 
     def __init__(
         self,
@@ -62,10 +77,11 @@ class ShardReader:
         self._digests = cache / "digests" / source
         self._cache_bytes = cache_bytes
         self._open: tuple[ShardRef, pq.ParquetFile] | None = None
+        self.closing = threading.Event()
 
     def row_groups(self, shard: ShardRef) -> int:
-        """Number of row groups in a shard."""
-        return int(self._file(shard).num_row_groups)
+        """Number of row groups in a shard; raises what texts does."""
+        return self._read(shard.name, lambda: int(self._file(shard).num_row_groups))
 
     def texts(self, shard: ShardRef, row_group: int) -> list[str]:
         """The documents of a row group in order; absent and empty ones left out.
@@ -73,11 +89,16 @@ class ShardReader:
         Raises:
             DataChangedError: the shard is not the one bound.
             ShardFormatError: it has no readable column of text.
+            StoreUnavailableError: it could not be read for DATA_BUDGET_S, or until closing.
+            StoreRefusedError: nor will it, before somebody changes rights or credentials.
         """
-        with parquet_errors(shard, row_group):
+
+        def texts() -> list[str]:
             file = self._file(shard)
             table = file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False)
             return [text for text in table.column(TEXT_COLUMN).to_pylist() if text]
+
+        return self._read(f"{shard.name} row group {row_group}", texts)
 
     def close(self) -> None:
         """Close the open shard."""
@@ -85,17 +106,29 @@ class ShardReader:
             self._open[1].close()
         self._open = None
 
+    def _read(self, what: str, read: Callable[[], T]) -> T:
+        """What is read, with errors translated; patiently, from the file's opening on."""
+
+        def afresh() -> T:
+            try:
+                with parquet_errors(what):
+                    return read()
+            except StoreUnavailableError:
+                self.close()  # a stale handle stays stale
+                raise
+
+        return patiently(afresh, DATA_BUDGET_S, self.closing.wait)
+
     def _file(self, shard: ShardRef) -> pq.ParquetFile:
         if self._open and self._open[0] == shard:
             return self._open[1]
         self.close()
         path = self._local(shard)
-        with parquet_errors(shard, None):
-            file = pq.ParquetFile(path)
-            kind = {field.name: field.type for field in file.schema_arrow}.get(TEXT_COLUMN)
-            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                file.close()
-                raise ShardFormatError(f"{shard.name} has no column {TEXT_COLUMN!r} of strings")
+        file = pq.ParquetFile(path)
+        kind = {field.name: field.type for field in file.schema_arrow}.get(TEXT_COLUMN)
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            file.close()
+            raise ShardFormatError(f"{shard.name} has no column {TEXT_COLUMN!r} of strings")
         self._open = (shard, file)
         return file
 
@@ -110,7 +143,8 @@ class ShardReader:
         # The digest in the name: a changed shard never meets another's cached file.
         path = self._cache / f"{shard.footer_sha256[:16]}-{shard.name}"
         if path.is_file():
-            with contextlib.suppress(DataChangedError):
+            # Gone since: another process has evicted it.
+            with contextlib.suppress(DataChangedError, NotFoundError, FileNotFoundError):
                 self._verify(shard, path)
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used just now
                 return path
@@ -180,10 +214,14 @@ class ShardReader:
 
 
 @contextlib.contextmanager
-def parquet_errors(shard: ShardRef, row_group: int | None) -> Iterator[None]:
-    """Translate pyarrow's errors."""
-    where = shard.name if row_group is None else f"{shard.name} row group {row_group}"
+def parquet_errors(what: str) -> Iterator[None]:
+    """Translate pyarrow's errors, and the operating system's, which carry a number: those pass."""
     try:
         yield
+    except FileNotFoundError as error:  # evicted between two looks: the next finds it, or says so
+        raise StoreUnavailableError(f"{what} is gone just now") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ShardFormatError(f"{where} can't be read: {error}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            with local_errors(what):
+                raise
+        raise ShardFormatError(f"{what} can't be read: {error}") from error

@@ -8,6 +8,7 @@ Invariant: many workers that lose one store don't come back in step, and none ha
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 FIRST_S = 0.5
 LONGEST_S = 30.0
+log = logging.getLogger(__name__)
 
 
 def pauses() -> Iterator[float]:
@@ -29,18 +31,24 @@ def pauses() -> Iterator[float]:
         step_s = min(2 * step_s, LONGEST_S)
 
 
-def patiently(call: Callable[[], T], budget_s: float) -> T:
+def patiently(
+    call: Callable[[], T], budget_s: float, pause: Callable[[float], object] = time.sleep
+) -> T:
     """The call's value, tried again while the store is away, for about budget_s at most.
 
+    pause: waits that many seconds, or less; true: whoever waits gives up.
+
     Raises:
-        StoreUnavailableError: that of the last try, once the budget is spent.
+        StoreUnavailableError: that of the last try, once the budget is spent or given up.
     """
     deadline = time.monotonic() + budget_s
     for pause_s in pauses():
         try:
             return call()
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
             if time.monotonic() + pause_s > deadline:
                 raise
-        time.sleep(pause_s)
+            log.warning("%s; the next try is in %.1f s", error, pause_s)
+            if pause(pause_s):
+                raise
     raise AssertionError("pauses don't end")
