@@ -71,13 +71,13 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
 
     async def _take(self, hello: pb.Hello, entries: Sequence[pb.ReportEntry]) -> int:
         numbered = [(entry.sequence, _record(entry, hello.attempt)) for entry in entries]
-        fresh, upto = await self._records.append_reported(hello.job_id, hello.attempt, numbered)
-        if fresh:
+        before, upto = await self._records.append_reported(hello.job_id, hello.attempt, numbered)
+        if upto > before:
             job = await self._job(hello.job_id)
             trained = False
             for entry in entries:
                 # Of a job that is final series may be gone, and would come back for ever.
-                if upto - fresh < entry.sequence <= upto and not job.is_final:
+                if before < entry.sequence <= upto and not job.is_final:
                     trained |= entry.HasField("point")
                     self._observe(job, entry, hello.node_id)
             if trained and job.state is JobState.STARTING:
@@ -105,7 +105,7 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
 
 
 def _record(entry: pb.ReportEntry, attempt: int) -> NewRecord | None:
-    """What an entry adds to the stream; nothing where the trainer had to thin it out."""
+    """What an entry adds to the stream; nothing where it says nothing."""
     if entry.WhichOneof("record") is None:
         return None
     at = min(convert.seconds(entry.time), time.time())  # a trainer's clock may be ahead of ours

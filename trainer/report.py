@@ -3,7 +3,8 @@
 A thread sends what has gathered twice a second, off the step's path, and keeps what isn't yet
 acknowledged; after a broken connection it connects again and sends from there.
 
-Invariant: memory is bounded: past MAX_WAITING entries older points are thinned, events stay.
+Invariant: memory is bounded: past MAX_WAITING entries older points are dropped, events stay; and
+nothing is kept that nobody will ever hear, once the service has refused us for good.
 """
 
 from __future__ import annotations
@@ -62,7 +63,6 @@ class ServiceReporter:
         self._hello = hello
         self._lock = threading.Lock()
         self._waiting: deque[pb.ReportEntry] = deque()
-        self._alive = 0  # entries waiting that still say something
         self._sequence = 0
         self._directive = Directive.GO_ON
         self._closing = threading.Event()
@@ -97,19 +97,19 @@ class ServiceReporter:
     def _add(self, entry: pb.ReportEntry) -> None:
         entry.time.FromNanoseconds(time.time_ns())
         with self._lock:
+            if self._given_up.is_set():
+                return
             self._sequence += 1
             entry.sequence = self._sequence
             self._waiting.append(entry)
-            self._alive += 1
-            if self._alive > MAX_WAITING:
+            if len(self._waiting) > MAX_WAITING:
                 self._thin_out()
 
     def _thin_out(self) -> None:
-        """Empty every second of the older points; the numbers stay, so that no gap appears."""
-        points = [entry for entry in self._waiting if entry.HasField("point")]
-        for entry in points[: max(len(points) // 2, 1) : 2]:
-            entry.ClearField("point")
-            self._alive -= 1
+        """Drop every second of the older points; what stays keeps its number, with gaps between."""
+        points = [entry.sequence for entry in self._waiting if entry.HasField("point")]
+        dropped = set(points[: max(len(points) // 2, 1) : 2])
+        self._waiting = deque(each for each in self._waiting if each.sequence not in dropped)
 
     def _run(self) -> None:
         failures = 0
@@ -120,6 +120,9 @@ class ServiceReporter:
                 return
             except grpc.RpcError as error:
                 if self._gave_up(error):
+                    with self._lock:
+                        self._given_up.set()
+                        self._waiting.clear()
                     return
             except TimeoutError:
                 log.warning("the service does not answer; connecting again")
@@ -176,8 +179,7 @@ class ServiceReporter:
     def _hear(self, answer: pb.ReportResponse) -> None:
         with self._lock:
             while self._waiting and self._waiting[0].sequence <= answer.acknowledged_sequence:
-                if self._waiting.popleft().WhichOneof("record") is not None:
-                    self._alive -= 1
+                self._waiting.popleft()
         told = DIRECTIVES.get(answer.directive, Directive.GO_ON)
         # A checkpoint is asked for in one answer; it stays asked for until the loop has heard it.
         if told is not Directive.GO_ON or self._directive is not Directive.CHECKPOINT:

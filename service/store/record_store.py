@@ -124,8 +124,9 @@ class RecordStore:
     ) -> tuple[int, int]:
         """Append numbered entries of an attempt, each once.
 
-        Returns how many were new, and the number up to which everything is durable. Entries come
-        in order; one that leaves a gap is not taken, so that the attempt sends from there again.
+        Returns the number up to which everything was durable before, and up to which it is now.
+        Entries come in order. A number that is left out is an entry that the attempt had to drop:
+        what waits for an acknowledgement it sends again, from the first on.
 
         Raises:
             StaleAttemptError: a newer attempt of the job is known, or the job was deleted. One that
@@ -139,7 +140,7 @@ class RecordStore:
             fresh: list[NewRecord] = []
             upto = acknowledged
             for sequence, record in entries:
-                if sequence == upto + 1:
+                if sequence > upto:
                     upto = sequence
                     if record is not None:
                         fresh.append(record)
@@ -151,7 +152,7 @@ class RecordStore:
                     .where(attempts.c.job_id == job_id, attempts.c.number == attempt)
                     .values(acknowledged=upto)
                 )
-            return upto - acknowledged, upto
+            return acknowledged, upto
 
 
 async def append_records(

@@ -71,9 +71,10 @@ class ScriptedRunService(rpc.RunServiceServicer):
                 if self.break_after is not None and request.entries:
                     self.break_after -= 1
                 directive = self.directives.pop(0) if self.directives else 0
-                yield pb.ReportResponse(
-                    acknowledged_sequence=len(self.entries), directive=directive
-                )
+                yield pb.ReportResponse(acknowledged_sequence=self.heard(), directive=directive)
+
+    def heard(self) -> int:
+        return self.entries[-1].sequence if self.entries else 0
 
     def wait_for(self, reached: Callable[[], bool]) -> None:
         with self.changed:
@@ -86,7 +87,7 @@ class ScriptedRunService(rpc.RunServiceServicer):
         if request.entries:
             self.batches.append([entry.sequence for entry in request.entries])
         for entry in request.entries:
-            if entry.sequence == len(self.entries) + 1 and self.break_after != 0:
+            if entry.sequence > self.heard() and self.break_after != 0:
                 self.entries.append(entry)
 
 
@@ -292,7 +293,7 @@ def test_memory_is_bounded_and_events_stay(
     service.silent.clear()
     monkeypatch.setattr(report, "ANSWER_S", 0.2)
     reporter._closing.set()
-    service.wait_for(lambda: len(service.entries) == 30)
+    service.wait_for(lambda: service.heard() == 30)
     reporter.close()
     kept = [entry.point.step for entry in service.entries if entry.HasField("point")]
     assert len(kept) <= 7  # with three events: ten
@@ -300,6 +301,43 @@ def test_memory_is_bounded_and_events_stay(
     assert kept == sorted(kept)
     told = [e.event.message for e in service.entries if e.event.kind == pb.EVENT_KIND_WARNING]
     assert told == ["at 5", "at 15", "at 25"]
+    sequence = [entry.sequence for entry in service.entries]
+    assert sequence == sorted(set(sequence)), "each once, in order"
+
+
+def test_a_long_outage_keeps_no_more_than_the_bound(
+    service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MAX_WAITING", 100)
+    service.silent.set()
+    reporter = reporter_to(service)
+    most = 0
+    for step in range(1, 5001):
+        reporter.point(point(step))
+        most = max(most, len(reporter._waiting))
+    assert most <= 100
+    monkeypatch.setattr(report, "ANSWER_S", 0.2)
+    service.silent.clear()
+    reporter.close()
+    assert service.heard() == 5000
+    assert not reporter._waiting, "what was dropped is not waited for"
+    assert numbers(service)[-50:] == list(range(4951, 5001)), "the newest are whole"
+
+
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION]
+)
+def test_nothing_is_kept_for_a_service_that_refused_us_for_good(
+    service: ScriptedRunService, code: grpc.StatusCode
+) -> None:
+    service.refusal = code
+    reporter = reporter_to(service)
+    reporter.point(point(1))
+    reporter._thread.join(WAIT_S)
+    assert not reporter._thread.is_alive()
+    for step in range(2, 100):
+        reporter.point(point(step))
+    assert len(reporter._waiting) == 0
 
 
 @pytest.mark.parametrize(
