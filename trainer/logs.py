@@ -70,9 +70,17 @@ class LogShipper(logging.Handler):
         try:
             write_piece(self._store, self._job_id, key, taken)
         except StoreError:
-            self._lines.extendleft(reversed(taken))  # the next time; past MAX_LINES oldest go
+            self._put_back(taken)
             return
         self._shipped += 1
+
+    def _put_back(self, taken: list[tuple[float, str]]) -> None:
+        """For the next time, before what was logged meanwhile; past MAX_LINES the oldest go."""
+        self.acquire()  # whoever logs holds it
+        try:
+            self._lines = deque((*taken, *self._lines), MAX_LINES)
+        finally:
+            self.release()
 
 
 class LoggingReporter:

@@ -89,6 +89,29 @@ def test_a_store_that_is_away_costs_no_line() -> None:
     assert [key.sequence for key in pieces] == list(range(1, len(pieces) + 1))
 
 
+def test_while_the_store_is_away_the_oldest_lines_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logs_module, "MAX_LINES", 5)
+    monkeypatch.setattr(logs_module, "SHIP_S", 3600.0)
+
+    class LoggedMeanwhile(AwayAtFirst):
+        def put(self, key: str, data: bytes, if_none_match: bool = False) -> None:
+            if self.left:
+                for number in (4, 5, 6):
+                    log.info("line %d", number)
+            super().put(key, data, if_none_match)
+
+    store = LoggedMeanwhile(failures=1)
+    shipper = LogShipper(store, JOB, 1, 0)
+    for number in range(4):
+        log.info("line %d", number)
+    shipper._ship()
+    assert store.left == 0, "the scripted failure fired"
+    shipper.close()
+    assert texts(store) == [f"INFO trainer.somewhere: line {number}" for number in range(2, 7)]
+
+
 def test_a_reader_that_comes_back_sees_only_what_is_new() -> None:
     store = MemoryObjectStore()
     first = LogKey(1, 0, 1)
