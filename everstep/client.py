@@ -25,7 +25,7 @@ from everstep.v1 import everstep_pb2 as pb
 
 CALL_S = 30.0
 PLAN_S = 120.0  # a builtin corpus may be prepared first
-STOP_S = 300.0  # a running job checkpoints before it stops
+STOP_S = 600.0  # a running job checkpoints before it stops; past 480 s the service uses force
 VERIFY_S = 3600.0  # every byte is read back, one checkpoint at a time
 TRANSFER_S = 3600.0  # a whole state is read and written
 WINDOW_STEPS = 10_000  # of a metric history in one answer

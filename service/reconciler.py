@@ -29,6 +29,8 @@ from service.ray_cluster import HostStatus, RayCluster
 from service.scheduler import Move, decide, settle
 from service.store import JobStore
 from trainer.contract.outcome import (
+    FAILED_SAVE_S,
+    FINAL_SAVE_S,
     RESTART_WINDOW_S,
     AttemptResult,
     Outcome,
@@ -39,12 +41,16 @@ from trainer.contract.outcome import (
 from trainer.contract.states import JobState
 
 TICK_S = 1.0
-STOP_GRACE_S = 120.0  # from a stop's request to the hard stop: one step, one checkpoint
+STOP_GRACE_S = 120.0  # without a word from the attempt, from a stop's request to the hard stop
+# The same of one that reports on: a step, and its last checkpoint's way to the store.
+SAVE_GRACE_S = STOP_GRACE_S + FINAL_SAVE_S + FAILED_SAVE_S
 # Between two hosts of one job, when those before are lost: a host that can't live must not be
 # started every tick.
 HOST_PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)
 HEARD_S = 5.0  # an attempt that reported so lately is alive; it does so twice a second
-SUSPEND_GRACE_S = 90.0  # the same when the service takes the cluster down with it
+# When the service takes the cluster down with it: below the container's stop_grace_period. What an
+# attempt has on its box's disk by then, the next one there brings to the store.
+SUSPEND_GRACE_S = 90.0
 log = logging.getLogger(__name__)
 
 # What a job becomes when its attempt stopped as asked.
@@ -121,7 +127,8 @@ class Reconciler:
                 return
             await asyncio.sleep(0.1)
         log.warning(
-            "jobs did not stop within %.0f s; they go on from earlier checkpoints", SUSPEND_GRACE_S
+            "jobs did not stop within %.0f s; they go on from what their box or the store has",
+            SUSPEND_GRACE_S,
         )
 
     async def tick(self) -> None:
@@ -269,15 +276,17 @@ class Reconciler:
 
     async def _press_stop(self, job: Job) -> None:
         """The directive goes with the next report, the host starts nothing new; then by force."""
-        asked = self._stop_asked.get(job.id)
+        now, asked = time.monotonic(), self._stop_asked.get(job.id)
         if asked is None:
-            self._stop_asked[job.id] = time.monotonic()
+            self._stop_asked[job.id] = now
             await self._cluster.stop_host(job.id, job.host_number)
-        elif time.monotonic() - asked > STOP_GRACE_S:
+            return
+        heard = max(asked, self._heard.get(job.id, asked))
+        if now - heard > STOP_GRACE_S or now - asked > SAVE_GRACE_S:
             await self._cluster.kill_host(job.id, job.host_number)
             self._stop_asked.pop(job.id)
-            reason = f"stopped by force after {STOP_GRACE_S:.0f} s without an answer"
-            await self._set_aside(job, reason)
+            reason = f"stopped by force {now - asked:.0f} s after it was asked to, last heard of "
+            await self._set_aside(job, f"{reason}{now - heard:.0f} s ago")
 
     async def _set_aside(self, job: Job, reason: str, step: int = 0) -> bool:
         """A job has stopped: it goes on elsewhere if it was stopped for that, else as desired."""

@@ -27,7 +27,13 @@ from trainer.checkpoint.train_state import TrainState
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.contract.credential import AttemptIdentity, attempt_credential
 from trainer.contract.memory import fitted, smaller_batch
-from trainer.contract.outcome import EXIT_CODES, AttemptResult, Outcome
+from trainer.contract.outcome import (
+    EXIT_CODES,
+    FAILED_SAVE_S,
+    FINAL_SAVE_S,
+    AttemptResult,
+    Outcome,
+)
 from trainer.contract.spec import JobSpec
 from trainer.data.loader import Prefetcher
 from trainer.distributed import World
@@ -48,8 +54,6 @@ from trainer.watchdog import STALL_FLOOR_S, TICK_S, Stall, Watchdog
 
 T = TypeVar("T")
 
-FINAL_SAVE_S = 300.0  # the last checkpoint's upload, before it is given up
-FAILED_SAVE_S = 60.0
 MAX_MESSAGE = 2000
 FIRST_RANK_S = 30.0  # what the other ranks leave rank 0 to end an attempt that stands still
 log = logging.getLogger(__name__)

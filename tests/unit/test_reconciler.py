@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -10,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from everstep import client
 from everstep.v1 import everstep_pb2 as pb
-from service import reconciler
+from service import reconciler, server
 from service.errors import ClusterAwayError
 from service.jobs import Desired, Job
 from service.ray_cluster import HostStatus
 from tests.fakes.control_plane import ControlPlane, control_plane, new_job
 from trainer.contract import outcome
-from trainer.contract.outcome import RESTART_BUDGET, RESTART_WINDOW_S, AttemptResult, Outcome
+from trainer.contract.outcome import (
+    FAILED_SAVE_S,
+    FINAL_SAVE_S,
+    RESTART_BUDGET,
+    RESTART_WINDOW_S,
+    AttemptResult,
+    Outcome,
+)
 from trainer.contract.states import JobState
 
 COMPLETED = AttemptResult(1, Outcome.COMPLETED, "reached the horizon, step 12", 12, 12)
@@ -26,6 +36,7 @@ STOPPED = AttemptResult(1, Outcome.STOPPED, "stopped as asked after step 5", 5, 
 LOST = AttemptResult(1, Outcome.WORKER_LOST, "the worker was killed", 3)
 STORE_AWAY = AttemptResult(1, Outcome.STORE_UNAVAILABLE, "the bucket is away", 0)
 FIRST = ("JOB1", 1)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -295,6 +306,49 @@ async def test_a_host_that_does_not_even_answer_is_ended_by_force(
     monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)
     await plane.tick()
     assert (await plane.job("JOB1")).state is JobState.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("asked_s_ago", "heard_s_ago", "by_force"),
+    [
+        (220, 0, False),  # the last checkpoint's upload: 9.7 GB at 44 MB/s
+        (FINAL_SAVE_S + FAILED_SAVE_S, 1, False),
+        (reconciler.SAVE_GRACE_S + 1, 0, True),  # it says something, but never comes to an end
+        (220, 121, True),
+        (110, 220, False),  # nothing since it was asked, but that is not long ago
+        (121, 220, True),
+    ],
+)
+async def test_an_attempt_that_reports_has_time_for_its_last_checkpoint(
+    plane: ControlPlane, asked_s_ago: float, heard_s_ago: float, by_force: bool
+) -> None:
+    job = await running(plane)
+    await plane.want("JOB1", Desired.CANCELLED)
+    await plane.tick()
+    plane.reconciler.directive(job)
+    plane.reconciler._stop_asked["JOB1"] -= asked_s_ago
+    plane.reconciler._heard["JOB1"] -= heard_s_ago
+    await plane.tick()
+    assert plane.cluster.killed == ([FIRST] if by_force else [])
+    state = JobState.CANCELLED if by_force else JobState.RUNNING
+    assert (await plane.job("JOB1")).state is state
+
+
+def test_whoever_waits_for_a_stop_waits_longer_than_who_does_it() -> None:
+    """Trainer, service, client; and where the whole box stops: service, then Ray and the store."""
+    assert FINAL_SAVE_S + FAILED_SAVE_S < reconciler.SAVE_GRACE_S < client.STOP_S
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    graces = {name: parts.get("stop_grace_period", "0s") for name, parts in compose.items()}
+    assert seconds(graces["service"]) > reconciler.SUSPEND_GRACE_S + server.STOP_GRACE_S
+    assert seconds(graces["service"]) < seconds(graces["ray-head"])
+    assert seconds(graces["service"]) < seconds(graces["seaweedfs"])
+
+
+def seconds(duration: str) -> float:
+    """Of a duration as compose writes it: 2m10s."""
+    found = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", duration)
+    assert found is not None, duration
+    return 60.0 * int(found[1] or 0) + int(found[2] or 0)
 
 
 @pytest.mark.parametrize("lose_host", [True, False])

@@ -186,6 +186,20 @@ async def test_a_job_that_does_not_stop_in_time_goes_on_in_its_new_place_by_forc
     assert list(plane.cluster.known) == [SECOND]
 
 
+async def test_a_job_that_moves_has_time_to_store_its_last_checkpoint(plane: ControlPlane) -> None:
+    await growing(plane)
+    await plane.tick()
+    plane.reconciler.directive(await plane.job("JOB1"))
+    plane.reconciler._stop_asked["JOB1"] -= 220  # 9.7 GB at 44 MB/s
+    await plane.tick()
+    assert not plane.cluster.killed
+    plane.cluster.ends(FIRST, STOPPED)
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.workers) == (JobState.STARTING, 2)
+    assert "stopped as asked" in job.reason
+
+
 async def test_a_job_that_breaks_or_loses_its_host_while_it_stops_is_resized_all_the_same(
     plane: ControlPlane,
 ) -> None:

@@ -77,6 +77,10 @@ RESTART_WINDOW_S = 3600.0
 # An attempt that lived as long was well: the pauses begin anew after it.
 GOOD_STRETCH_S = 600.0
 BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0, 60.0)  # before the first, second, ... restart in a row
+# How long an attempt waits for its last checkpoint's way to the store: one that ends well or was
+# told to stop, then one that failed. Whoever ends attempts by force must leave them both.
+FINAL_SAVE_S = 300.0
+FAILED_SAVE_S = 60.0
 # Exit statuses of `python -m trainer`, sysexits-like where there is a fit.
 EXIT_CODES: dict[Outcome, int] = {
     outcome: 0 if policy is Policy.DONE else 75 if policy is Policy.RESTART else 1
