@@ -99,12 +99,15 @@ class AttemptHost:
     def attempt_ended(self, result: dict[str, Any]) -> None:
         """A worker says how the attempt ended. The first word counts: others follow from it.
 
-        But a collective that failed has its cause at another rank, which may say so later.
+        But a collective that failed has its cause at another rank, which may say so later. A word
+        about another attempt than the claimed one is late: its worker outlived it.
         """
+        told = AttemptResult.from_dict(result)
         with self._lock:
             said = self._reported
-            if said is None or said.outcome is Outcome.COLLECTIVE_FAILED:
-                self._reported = AttemptResult.from_dict(result)
+            first = said is None or said.outcome is Outcome.COLLECTIVE_FAILED
+            if first and told.attempt in (0, self._claimed):
+                self._reported = told
 
     def stack(self, rank: int, text: str) -> dict[int, str]:
         """Where a rank of an attempt that stands still is; what all of them said so far."""

@@ -1,0 +1,85 @@
+"""The host of a job's attempts without Ray: whose word counts, and what its workers are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from trainer import ray_entrypoint
+from trainer.contract.outcome import AttemptResult, Outcome
+from trainer.ray_entrypoint import RAY_TRAIN_SETTINGS, AttemptHost, HostConfig
+
+WAIT_S = 20.0
+CONFIG: dict[str, Any] = {
+    "job_id": "JOB1",
+    "host_number": 1,
+    "storage_uri": "file:/nowhere",
+    "cache_dir": "/nowhere",
+    "service_address": "127.0.0.1:1",
+    "service_ca": None,
+    "host_key": "KEY",
+    "placement": ("node2", "node3"),
+    "gpus_per_worker": 1,
+    "cpus_per_worker": 1,
+    "stall_floor_s": 300.0,
+}
+Attempt = Callable[[AttemptHost], None]
+
+
+def word(attempt: int, outcome: Outcome) -> dict[str, Any]:
+    return AttemptResult(attempt, outcome, f"{outcome} of {attempt}", 5).to_dict()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *attempts: Attempt) -> list[tuple[int, str]]:
+    """How each attempt ended, by its host, when its workers say what is scripted."""
+    for name in RAY_TRAIN_SETTINGS:
+        monkeypatch.setenv(name, "")  # what the host sets is taken back at the end
+    made: list[AttemptHost] = []
+    left = list(attempts)
+
+    def fit(_config: HostConfig) -> None:
+        while not made:
+            time.sleep(0.001)
+        left.pop(0)(made[0])
+
+    monkeypatch.setattr(ray_entrypoint, "_fit", fit)
+    made.append(AttemptHost(CONFIG))
+    made[0]._thread.join(WAIT_S)
+    assert made[0].status()["finished"]
+    assert not left, "every scripted attempt ran"
+    return [(each["attempt"], each["outcome"]) for each in made[0].status()["results"]]
+
+
+def test_a_late_word_of_an_earlier_attempt_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def first(host: AttemptHost) -> None:
+        host.attempt_claimed(3)
+        host.attempt_ended(word(3, Outcome.STALLED))
+
+    def second(host: AttemptHost) -> None:
+        host.attempt_ended(word(3, Outcome.CODE_ERROR))  # before the next one is claimed
+        host.attempt_claimed(4)
+        host.attempt_ended(word(3, Outcome.CODE_ERROR))
+        host.attempt_ended(word(4, Outcome.COLLECTIVE_FAILED))
+        host.attempt_ended(word(3, Outcome.CODE_ERROR))
+        host.attempt_ended(word(4, Outcome.COMPLETED))  # the cause, told later
+        host.attempt_ended(word(4, Outcome.CODE_ERROR))
+
+    assert run(monkeypatch, first, second) == [(3, "STALLED"), (4, "COMPLETED")]
+
+
+def test_an_attempt_that_fails_before_it_claims_or_at_a_rank_that_has_not_heard_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unclaimed(host: AttemptHost) -> None:
+        host.attempt_ended(word(0, Outcome.STORE_UNAVAILABLE))
+
+    def claimed(host: AttemptHost) -> None:
+        host.attempt_claimed(4)
+        host.attempt_ended(word(0, Outcome.INVALID_JOB))
+
+    assert run(monkeypatch, unclaimed, claimed) == [(0, "STORE_UNAVAILABLE"), (0, "INVALID_JOB")]
