@@ -10,10 +10,12 @@ Invariant: fit() never retries by itself (max_failures=0), so each fit() is one 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,12 +28,14 @@ WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be abou
 # cores a step takes three to five times as long otherwise (docs/log.md).
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 NODE_LABEL = "ray.io/node-id"  # Ray's own, on every node
+CARD = "accelerator_type:"  # how Ray names a node's resource for the type of its cards
 # Set where Ray starts a process for us; read by Ray Train itself.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class AttemptHost:
 
     def __init__(self, config: dict[str, Any]) -> None:
         os.environ.update(RAY_TRAIN_SETTINGS)
+        logging.basicConfig(level=logging.INFO)  # into Ray's log of this actor
         self._config = HostConfig(**config)
         self._lock = threading.Lock()
         self._results: list[AttemptResult] = []
@@ -202,10 +207,12 @@ def _fit(config: HostConfig) -> None:
 
 
 def _trainer(config: HostConfig, notes: str) -> Any:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     host_name = _own_name()
+    nodes = ray.nodes()
     use_gpu = config.gpus_per_worker > 0
     return TorchTrainer(
         run_worker,
@@ -226,18 +233,26 @@ def _trainer(config: HostConfig, notes: str) -> Any:
             callbacks=[_host_callback(host_name)],
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
-        # Logical GPUs on a box without any train on the CPU; gloo works in both.
-        torch_config=TorchConfig(
-            backend="nccl" if _has_cuda(use_gpu) else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
-        ),
+        torch_config=TorchConfig(backend=_backend(config, nodes), timeout_s=COLLECTIVE_TIMEOUT_S),
     )
 
 
-def _has_cuda(use_gpu: bool) -> bool:
-    """Whether this machine has CUDA devices; the host holds none, so its files are asked."""
-    if not use_gpu:
-        return False
-    return any(name.startswith("nvidia") for name in os.listdir("/dev"))
+def _backend(config: HostConfig, nodes: Iterable[dict[str, Any]]) -> str:
+    """What ranks speak: NCCL where all their nodes have cards, else gloo, which works on both.
+
+    The host's own machine says nothing of that. nodes: what Ray knows; it gives one on which it has
+    found a card a resource with the card's type, and logical GPUs of a box without any none.
+    """
+    if not config.gpus_per_worker:
+        return "gloo"
+    cards = {
+        node["NodeID"] for node in nodes if any(name.startswith(CARD) for name in node["Resources"])
+    }
+    if bare := sorted(set(config.placement) - cards):
+        log.warning("ranks speak gloo: Ray has found no card on %s", ", ".join(bare))
+        return "gloo"
+    log.info("ranks speak nccl: Ray has found cards on every node of the placement")
+    return "nccl"
 
 
 def _own_name() -> str:

@@ -30,6 +30,8 @@ from tests.stack import (
 ROOT = Path(__file__).parents[2]
 STEPS = 70
 STALL_FLOOR_S = 8.0
+# Ray tells GPUs that it was told of from cards that it has found.
+BACKEND = "nccl" if any(Path("/dev").glob("nvidia[0-9]*")) else "gloo"
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,7 @@ def test_a_rank_that_stands_still_is_told_and_the_job_goes_on(gpus: Stack) -> No
     with gpus.client() as client:
         job = client.submit(endless).job
         reached = wait_for_checkpoint(client, job.id, 20)
+        assert f"ranks speak {BACKEND}" in log_of(gpus.ray_process("ray::AttemptHost"))
         said = (r.line for r in client.logs(job.id, attempt=1, rank=1, follow=True))
         pid = next(line for line in said if "rank 1 of 2" in line).rpartition("process ")[2]
         last = psutil.Process(int(pid))
@@ -168,6 +171,13 @@ def test_a_rank_that_stands_still_is_told_and_the_job_goes_on(gpus: Stack) -> No
     (where,) = [message for message in messages if "rank 0 is at" in message]
     assert "torch/distributed" in where, "in whichever of a step's sums and answers it was"
     assert not is_alive(last)
+
+
+def log_of(process: psutil.Process) -> str:
+    """What a process of Ray's has logged."""
+    logs = Path(process.environ()["TMPDIR"]) / "ray" / "session_latest" / "logs"
+    (path,) = logs.glob(f"worker-*-{process.pid}.err")
+    return path.read_text()
 
 
 def test_more_workers_than_gpus_are_refused(gpus: Stack) -> None:

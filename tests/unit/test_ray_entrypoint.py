@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from trainer import ray_entrypoint
 from trainer.contract.outcome import AttemptResult, Outcome
-from trainer.ray_entrypoint import RAY_TRAIN_SETTINGS, AttemptHost, HostConfig
+from trainer.ray_entrypoint import RAY_TRAIN_SETTINGS, AttemptHost, HostConfig, _backend
 
 WAIT_S = 20.0
 CONFIG: dict[str, Any] = {
@@ -83,3 +84,35 @@ def test_an_attempt_that_fails_before_it_claims_or_at_a_rank_that_has_not_heard_
         host.attempt_ended(word(0, Outcome.INVALID_JOB))
 
     assert run(monkeypatch, unclaimed, claimed) == [(0, "STORE_UNAVAILABLE"), (0, "INVALID_JOB")]
+
+
+def node(name: str, **resources: float) -> dict[str, Any]:
+    return {"NodeID": name, "Resources": {"CPU": 8.0, **resources}}
+
+
+CARDS = {"GPU": 2.0, "accelerator_type:H100": 1.0}
+LOGICAL = {"GPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "backend"),
+    [(CARDS, CARDS, "nccl"), (CARDS, LOGICAL, "gloo"), (LOGICAL, LOGICAL, "gloo")],
+)
+def test_ranks_speak_nccl_where_all_their_own_nodes_have_cards(
+    caplog: pytest.LogCaptureFixture,
+    second: dict[str, float],
+    third: dict[str, float],
+    backend: str,
+) -> None:
+    nodes = [node("node1"), node("node2", **second), node("node3", **third)]  # the head has none
+    caplog.set_level(logging.INFO, "trainer")
+    assert _backend(HostConfig(**CONFIG), nodes) == backend
+    (said,) = caplog.messages
+    assert backend in said
+    assert ("node3" in said) == (backend == "gloo"), "the reason is told by name"
+
+
+def test_what_ray_does_not_tell_of_speaks_gloo_and_so_do_workers_without_gpus() -> None:
+    assert _backend(HostConfig(**CONFIG), [node("node2", **CARDS)]) == "gloo"
+    both = [node("node2", **CARDS), node("node3", **CARDS)]
+    assert _backend(HostConfig(**{**CONFIG, "gpus_per_worker": 0}), both) == "gloo"
