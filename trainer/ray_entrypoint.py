@@ -19,14 +19,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from trainer.contract.memory import ALLOCATOR
 from trainer.contract.outcome import AttemptResult, Outcome, Policy, pause_before_restart
 
 ABORT_TIMEOUT_S = 4.0
 COLLECTIVE_TIMEOUT_S = 900  # ranks may wait for one another's data, compilation or last save
 WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be about to end
 # Read when a worker loads torch. Threads that wait must not spin: beside other work on the same
-# cores a step takes three to five times as long otherwise (docs/log.md).
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# cores a step takes three to five times as long otherwise (docs/log.md). The allocator's word is
+# read once, and ranks that meet on CUDA allocate before the attempt has set up anything.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR}
 NODE_LABEL = "ray.io/node-id"  # Ray's own, on every node
 CARD = "accelerator_type:"  # how Ray names a node's resource for the type of its cards
 # Set where Ray starts a process for us; read by Ray Train itself.

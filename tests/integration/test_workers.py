@@ -26,6 +26,7 @@ from tests.stack import (
     wait_for_state,
     wait_until,
 )
+from trainer.contract.memory import ALLOCATOR
 
 ROOT = Path(__file__).parents[2]
 STEPS = 70
@@ -160,6 +161,7 @@ def test_a_rank_that_stands_still_is_told_and_the_job_goes_on(gpus: Stack) -> No
         said = (r.line for r in client.logs(job.id, attempt=1, rank=1, follow=True))
         pid = next(line for line in said if "rank 1 of 2" in line).rpartition("process ")[2]
         last = psutil.Process(int(pid))
+        assert last.environ()["PYTORCH_CUDA_ALLOC_CONF"] == ALLOCATOR, "before torch is loaded"
         last.send_signal(signal.SIGSTOP)
         wait_until(lambda: len(client.get(job.id).attempts) == 2, 120, "another attempt")
         newest, stalled = client.get(job.id).attempts
