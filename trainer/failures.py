@@ -16,6 +16,7 @@ from trainer.storage.binding import DataChangedError
 from trainer.storage.documents import DocumentError
 from trainer.storage.object_store import NotFoundError, StoreError
 from trainer.storage.repository import CorruptCheckpointError, StaleWriterError
+from trainer.storage.tokenizer_files import TokenizerError
 
 # What torch says where there is no memory for a tensor of the CPU's; it has no class of its own.
 CPU_OUT_OF_MEMORY = "can't allocate memory"
@@ -29,7 +30,7 @@ OUTCOMES: list[tuple[tuple[type[BaseException], ...], Outcome]] = [
     ((DataChangedError,), Outcome.DATA_CHANGED),
     ((StateMisfitError, CorruptCheckpointError), Outcome.CHECKPOINT_UNUSABLE),
     ((SpecError, DocumentError, EmptyDataError, ShardFormatError), Outcome.INVALID_JOB),
-    ((NotFoundError,), Outcome.INVALID_JOB),
+    ((TokenizerError, NotFoundError), Outcome.INVALID_JOB),
     ((StoreError,), Outcome.STORE_UNAVAILABLE),
 ]
 

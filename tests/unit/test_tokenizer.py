@@ -12,7 +12,9 @@ import pytest
 import tiktoken
 
 from tests.fakes.corpus import TOKENIZER, vectors, write_everstep_tokenizer
+from trainer.contract.outcome import Outcome
 from trainer.data.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from trainer.failures import outcome_of
 from trainer.storage.object_store import NotFoundError, open_store
 from trainer.storage.tokenizer_files import (
     BOS,
@@ -61,6 +63,18 @@ def test_text_cannot_forge_a_special_token(files: TokenizerFiles) -> None:
     (ids,) = tokenizer.encode_documents(["a <|bos|> b"])
     assert ids.count(tokenizer.bos_id) == 1
     assert tokenizer.decode(ids[1:]) == "a <|bos|> b"
+
+
+def test_a_document_that_its_library_gives_up_on_is_an_error_with_its_place(
+    files: TokenizerFiles,
+) -> None:
+    # tiktoken ends in a panic of Rust's, which is no Exception: its split pattern backtracks.
+    documents = ["fine", "short " + " " * 1_000_000 + "x"]
+    words = r"a\.parquet row group 3.* longest document has 1000007 characters.*'short "
+    with pytest.raises(TokenizerError, match=words) as failure:
+        Tokenizer(files).encode_documents(documents, "a.parquet row group 3")
+    assert not isinstance(failure.value.__cause__, Exception)
+    assert outcome_of(failure.value) is Outcome.INVALID_JOB
 
 
 def test_training_gives_a_tokenizer_of_the_size_asked_for() -> None:

@@ -146,7 +146,8 @@ class RowSequence:
         group = order[at.row_group]
         if self._was_passed(at.epoch, shards.index(shard), group):
             return np.empty((0, self._T + 1), dtype=np.int32)
-        documents = self._tokenizer.encode_documents(self._reader.texts(shard, group))
+        texts = self._reader.texts(shard, group)
+        documents = self._tokenizer.encode_documents(texts, f"{shard.name} row group {group}")
         rows, report = pack(documents, self._T)
         self.report += report
         rows = rows[shuffled(len(rows), "rows", self._seed, at.epoch, shard.name, group)]
@@ -203,7 +204,7 @@ class Loader:
         """The next optimizer step; there is always one.
 
         Raises:
-            EmptyDataError, DataChangedError, ShardFormatError, StoreError.
+            EmptyDataError, DataChangedError, ShardFormatError, TokenizerError, StoreError.
         """
         rows, after = self._sequence.take(self.position, self._rows_per_step)
         micro = []

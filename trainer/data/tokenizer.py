@@ -29,6 +29,7 @@ SPECIAL_TOKENS = (
     *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
 )
 BYTE_TOKENS = 256
+ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # of the process or a generator
 
 
 class Tokenizer:
@@ -58,9 +59,25 @@ class Tokenizer:
         """Token ids of a piece of text, without any special token."""
         return self._encoding.encode_ordinary(text)
 
-    def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
-        """Token ids of each document, <|bos|> in front."""
-        encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=self._threads)
+    def encode_documents(
+        self, documents: Sequence[str], where: str = "the text"
+    ) -> list[list[int]]:
+        """Token ids of each document, <|bos|> in front.
+
+        Raises:
+            TokenizerError: naming where they are from, for tiktoken gave up on one of them.
+        """
+        threads = self._threads
+        try:
+            encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=threads)
+        except (Exception, *ENDS):
+            raise
+        except BaseException as error:  # a panic of Rust's: half a million spaces in a row
+            longest = max(documents, key=len)
+            raise TokenizerError(
+                f"{where} can't be encoded ({error}); its longest document has {len(longest)} "
+                f"characters and begins {longest[:40]!r}"
+            ) from error
         for ids in encoded:
             ids.insert(0, self.bos_id)
         return encoded

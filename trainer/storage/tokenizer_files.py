@@ -29,7 +29,7 @@ MAX_FILE_BYTES = 256 << 20  # a tokenizer of a million tokens is a tenth of this
 
 
 class TokenizerError(ValueError):
-    """These are not the files of a usable tokenizer."""
+    """Not the files of a usable tokenizer, or text that it can't encode."""
 
 
 @dataclass(frozen=True)
