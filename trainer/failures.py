@@ -18,13 +18,20 @@ from trainer.storage.object_store import NotFoundError, StoreError
 from trainer.storage.repository import CorruptCheckpointError, StaleWriterError
 from trainer.storage.tokenizer_files import TokenizerError
 
-# What torch says where there is no memory for a tensor of the CPU's; it has no class of its own.
-CPU_OUT_OF_MEMORY = "can't allocate memory"
-# Gloo's errors have no class either; what they say begins with the place in its own sources.
-GLOO = "gloo/"
+# RuntimeErrors by what they say, first match: these have no class that tells them apart.
+WORDS: list[tuple[str, Outcome]] = [
+    ("can't allocate memory", Outcome.OUT_OF_MEMORY),  # of the CPU's
+    ("out of memory", Outcome.OUT_OF_MEMORY),  # pinned memory too, a CUDA error like any other
+    ("CUBLAS_STATUS_ALLOC_FAILED", Outcome.OUT_OF_MEMORY),  # of a library's own work space
+    ("gloo/", Outcome.COLLECTIVE_FAILED),  # the place in gloo's own sources
+    # An index out of bounds, say: the next attempt would meet it again.
+    ("device-side assert", Outcome.CODE_ERROR),
+    ("CUDA error", Outcome.WORKER_LOST),  # a failed launch, an ECC error, a GPU off the bus
+]
 # Errors by what they mean for the job, first match; an error of no listed kind is our own.
 OUTCOMES: list[tuple[tuple[type[BaseException], ...], Outcome]] = [
     ((torch.OutOfMemoryError, MemoryError), Outcome.OUT_OF_MEMORY),
+    ((torch.AcceleratorError,), Outcome.WORKER_LOST),  # the device's, whatever its maker
     ((torch.distributed.DistError,), Outcome.COLLECTIVE_FAILED),  # NCCL's, and the meeting place's
     ((StaleWriterError,), Outcome.STALE_WRITER),
     ((DataChangedError,), Outcome.DATA_CHANGED),
@@ -37,9 +44,7 @@ OUTCOMES: list[tuple[tuple[type[BaseException], ...], Outcome]] = [
 
 def outcome_of(error: Exception) -> Outcome:
     """What an error means for the job."""
-    if isinstance(error, RuntimeError) and CPU_OUT_OF_MEMORY in str(error):
-        return Outcome.OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and GLOO in str(error):
-        return Outcome.COLLECTIVE_FAILED
-    found = (outcome for kinds, outcome in OUTCOMES if isinstance(error, kinds))
-    return next(found, Outcome.CODE_ERROR)
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    named = [outcome for words, outcome in WORDS if words in said]
+    named += [outcome for kinds, outcome in OUTCOMES if isinstance(error, kinds)]
+    return next(iter(named), Outcome.CODE_ERROR)

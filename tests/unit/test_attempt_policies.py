@@ -205,6 +205,16 @@ def test_compiling_waiting_and_saving_are_never_taken_for_a_standstill() -> None
     [
         (MemoryError(), Outcome.OUT_OF_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), Outcome.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), Outcome.OUT_OF_MEMORY),
+        (torch.AcceleratorError("CUDA error: out of memory"), Outcome.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), Outcome.OUT_OF_MEMORY),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), Outcome.WORKER_LOST),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error"), Outcome.WORKER_LOST),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), Outcome.WORKER_LOST),
+        (torch.AcceleratorError("HIP error: invalid device"), Outcome.WORKER_LOST),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), Outcome.CODE_ERROR),
+        (torch.distributed.DistBackendError("NCCL error in: x"), Outcome.COLLECTIVE_FAILED),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] closed"), Outcome.COLLECTIVE_FAILED),
         (RuntimeError("no such device"), Outcome.CODE_ERROR),
     ],
 )

@@ -22,7 +22,7 @@ class Outcome(StrEnum):
 
     COMPLETED = "COMPLETED"  # reached the horizon
     STOPPED = "STOPPED"  # asked to stop, and did so with a checkpoint
-    WORKER_LOST = "WORKER_LOST"  # a worker died without a word
+    WORKER_LOST = "WORKER_LOST"  # a worker died without a word, or its GPU failed it
     CONTROLLER_LOST = "CONTROLLER_LOST"  # Ray's controller of the run died
     HOST_LOST = "HOST_LOST"  # the host of the attempt is gone, or the whole cluster was
     COLLECTIVE_FAILED = "COLLECTIVE_FAILED"  # NCCL or gloo: a rank or the network between is gone
