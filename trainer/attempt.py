@@ -179,7 +179,7 @@ def _run(
     cleanup.callback(writer.drain, FAILED_SAVE_S)
     reader = blueprint.shard_reader(cache)
     cleanup.callback(reader.close)
-    batches = Prefetcher(blueprint.loader(reader, start.state.position, world))
+    batches = Prefetcher(blueprint.loader(reader, start.state.position, world), runtime.pinned)
     cleanup.callback(batches.close)
     parts = Parts(
         spec=blueprint.spec,

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch._functorch.config
 
@@ -33,6 +35,17 @@ class Runtime:
     compute_dtype: torch.dtype
     embedding_dtype: torch.dtype
     compile: bool
+
+    def pinned(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array where a GPU copies from beside what it computes; on a CPU as it is.
+
+        For any thread. Torch's allocator gives the memory to nobody else before the copy is done.
+        """
+        if self.device.type != "cuda":
+            return array
+        with torch.cuda.device(self.device):  # each thread has its own; the first one otherwise
+            pinned: npt.NDArray[Any] = torch.from_numpy(array).pin_memory().numpy()
+            return pinned
 
 
 def prepare(

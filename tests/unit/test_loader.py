@@ -137,6 +137,35 @@ def test_the_prefetcher_gives_what_the_loader_gives(corpus: DataBinding, tmp_pat
         ahead.next_step()
 
 
+def test_the_prefetcher_places_every_array_in_its_own_thread(
+    corpus: DataBinding, tmp_path: Path
+) -> None:
+    threads: set[str] = set()
+
+    def place(array: np.ndarray) -> np.ndarray:
+        threads.add(threading.current_thread().name)
+        return array + 1
+
+    expected = loader(corpus, tmp_path).next_step()
+    with Prefetcher(loader(corpus, tmp_path), place) as ahead:
+        found = ahead.next_step()
+    assert threads == {"data-prefetch"}
+    assert (found.position_after, found.tokens) == (expected.position_after, expected.tokens)
+    for (x, y), (x_found, y_found) in zip(expected.micro, found.micro, strict=True):
+        np.testing.assert_array_equal(x_found, x + 1)
+        np.testing.assert_array_equal(y_found, y + 1)
+
+
+def test_the_prefetcher_raises_what_placing_raised(corpus: DataBinding, tmp_path: Path) -> None:
+    def full(array: np.ndarray) -> np.ndarray:
+        raise MemoryError("scripted: no pinned memory")
+
+    with Prefetcher(loader(corpus, tmp_path), full) as ahead:
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="scripted"):
+                ahead.next_step()
+
+
 def test_the_prefetcher_raises_what_the_loader_raised(tmp_path: Path) -> None:
     binding = write_corpus(tmp_path / "data", [[[LINE * 20]], [[LINE * 20]]])
     (tmp_path / "data" / "shard_0.parquet").write_bytes(b"changed")

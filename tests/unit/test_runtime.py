@@ -4,7 +4,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+import torch
+
 from trainer.contract.memory import ALLOCATOR
+from trainer.runtime import Runtime
 
 CHILD = """
 import tempfile
@@ -37,3 +42,21 @@ def test_snapshots_take_their_own_bytes_of_pinned_memory_not_the_next_power_of_t
     cached_mb = int(settings["pinned_max_cached_size_mb"])
     assert cached_mb.bit_count() == 1, "a block of a larger bucket could be too small"
     assert "pinned_max_round_threshold_mb" not in settings, "what isn't cached isn't rounded"
+
+
+def on(device: str) -> Runtime:
+    return Runtime(torch.device(device), torch.float32, torch.float32, compile=False)
+
+
+def test_a_batch_stays_where_it_is_for_a_cpu() -> None:
+    batch = np.arange(6, dtype=np.int32).reshape(2, 3)
+    assert on("cpu").pinned(batch) is batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_is_pinned_for_a_gpu() -> None:
+    batch = np.arange(6, dtype=np.int32).reshape(2, 3)
+    pinned = on("cuda:0").pinned(batch)
+    np.testing.assert_array_equal(pinned, batch)
+    assert torch.from_numpy(pinned).is_pinned()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -225,10 +226,19 @@ class PrefetcherClosedError(RuntimeError):
 
 
 class Prefetcher:
-    """Prepares steps ahead in a thread of its own. Close it, or use it in a with statement."""
+    """Prepares steps ahead in a thread of its own. Close it, or use it in a with statement.
 
-    def __init__(self, loader: Loader, depth: int = 2) -> None:
+    place: called in that thread with each array; gives what the device copies from.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        place: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = np.asarray,
+        depth: int = 2,
+    ) -> None:
         self._loader = loader
+        self._place = place
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=depth)
         self._stop = loader.closing
         self._failure: BaseException | None = None
@@ -236,7 +246,10 @@ class Prefetcher:
         self._thread.start()
 
     def next_step(self) -> StepBatch:
-        """As Loader.next_step, whose errors are raised here, now and at every later call."""
+        """As Loader.next_step, whose errors are raised here, now and at every later call.
+
+        So are those of place.
+        """
         while self._failure is None:
             if self._stop.is_set():
                 raise PrefetcherClosedError("the prefetcher is closed")
@@ -264,7 +277,9 @@ class Prefetcher:
         while not self._stop.is_set():
             item: StepBatch | BaseException
             try:
-                item = self._loader.next_step()
+                step = self._loader.next_step()
+                micro = [(self._place(x), self._place(y)) for x, y in step.micro]
+                item = replace(step, micro=micro)
             except BaseException as error:  # carried to the consumer, who raises it
                 item = error
             self._hand_over(item)
