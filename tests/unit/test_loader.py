@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def test_shards_and_row_groups_without_a_row_are_passed_over(tmp_path: Path) -> 
 def test_the_prefetcher_gives_what_the_loader_gives(corpus: DataBinding, tmp_path: Path) -> None:
     plain = loader(corpus, tmp_path)
     before = threading.active_count()
-    with Prefetcher(loader(corpus, tmp_path)) as ahead:
+    with closing(Prefetcher(loader(corpus, tmp_path))) as ahead:
         for _ in range(4):
             expected, found = plain.next_step(), ahead.next_step()
             assert found.position_after == expected.position_after
@@ -147,7 +148,7 @@ def test_the_prefetcher_places_every_array_in_its_own_thread(
         return array + 1
 
     expected = loader(corpus, tmp_path).next_step()
-    with Prefetcher(loader(corpus, tmp_path), place) as ahead:
+    with closing(Prefetcher(loader(corpus, tmp_path), place)) as ahead:
         found = ahead.next_step()
     assert threads == {"data-prefetch"}
     assert (found.position_after, found.tokens) == (expected.position_after, expected.tokens)
@@ -160,7 +161,7 @@ def test_the_prefetcher_raises_what_placing_raised(corpus: DataBinding, tmp_path
     def full(array: np.ndarray) -> np.ndarray:
         raise MemoryError("scripted: no pinned memory")
 
-    with Prefetcher(loader(corpus, tmp_path), full) as ahead:
+    with closing(Prefetcher(loader(corpus, tmp_path), full)) as ahead:
         for _ in range(2):
             with pytest.raises(MemoryError, match="scripted"):
                 ahead.next_step()
@@ -169,7 +170,7 @@ def test_the_prefetcher_raises_what_placing_raised(corpus: DataBinding, tmp_path
 def test_the_prefetcher_raises_what_the_loader_raised(tmp_path: Path) -> None:
     binding = write_corpus(tmp_path / "data", [[[LINE * 20]], [[LINE * 20]]])
     (tmp_path / "data" / "shard_0.parquet").write_bytes(b"changed")
-    with Prefetcher(loader(binding, tmp_path)) as ahead:
+    with closing(Prefetcher(loader(binding, tmp_path))) as ahead:
         for _ in range(2):
             with pytest.raises(DataChangedError):
                 ahead.next_step()
@@ -206,11 +207,5 @@ def test_validation_takes_all_rows_where_fewer_are_there(
         validation_set(reader, tokenizer, rows=10**9, T=10**7)
 
 
-def test_the_report_accounts_for_every_token(corpus: DataBinding, tmp_path: Path) -> None:
-    each = loader(corpus, tmp_path)
-    assert each.report.tokens == 0
-    each.next_step()
-    report = each.report
-    assert report.kept_tokens > 0
-    assert report.tokens == report.kept_tokens + report.cropped_tokens + report.dropped_tokens
-    assert Position() == START
+def test_a_loader_begins_at_the_first_row(corpus: DataBinding, tmp_path: Path) -> None:
+    assert loader(corpus, tmp_path).position == Position() == START

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.packing import PackReport, Rows, pack, shuffled
+from trainer.data.packing import Rows, pack, shuffled
 from trainer.data.shards import ShardReader
 from trainer.data.tokenizer import Tokenizer
 from trainer.storage.nanochat_files import NanochatStart
@@ -98,7 +98,6 @@ class RowSequence:
         self._T = T
         self._seed = seed
         self._packed: tuple[tuple[int, int, int], Rows] | None = None
-        self.report = PackReport()  # over the row groups packed so far
 
     def take(self, position: Position, count: int) -> tuple[Rows, Position]:
         """The next count rows [count, T + 1] from a position, and the position after them.
@@ -149,8 +148,7 @@ class RowSequence:
             return np.empty((0, self._T + 1), dtype=np.int32)
         texts = self._reader.texts(shard, group)
         documents = self._tokenizer.encode_documents(texts, f"{shard.name} row group {group}")
-        rows, report = pack(documents, self._T)
-        self.report += report
+        rows, _ = pack(documents, self._T)
         rows = rows[shuffled(len(rows), "rows", self._seed, at.epoch, shard.name, group)]
         self._packed = (key, rows)
         return rows
@@ -196,11 +194,6 @@ class Loader:
         self.position = position
         self.closing = reader.closing
 
-    @property
-    def report(self) -> PackReport:
-        """Tokens kept and lost in what was packed so far."""
-        return self._sequence.report
-
     def next_step(self) -> StepBatch:
         """The next optimizer step; there is always one.
 
@@ -226,7 +219,7 @@ class PrefetcherClosedError(RuntimeError):
 
 
 class Prefetcher:
-    """Prepares steps ahead in a thread of its own. Close it, or use it in a with statement.
+    """Prepares steps ahead in a thread of its own. Close it in the end.
 
     place: called in that thread with each array; gives what the device copies from.
     """
@@ -266,12 +259,6 @@ class Prefetcher:
         """
         self._stop.set()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -35,19 +35,6 @@ class PackReport:
     cropped_tokens: int = 0  # the rest of documents that filled up a row
     dropped_tokens: int = 0  # the last, incomplete row
 
-    def __add__(self, other: PackReport) -> PackReport:
-        return PackReport(
-            self.tokens + other.tokens,
-            self.kept_tokens + other.kept_tokens,
-            self.cropped_tokens + other.cropped_tokens,
-            self.dropped_tokens + other.dropped_tokens,
-        )
-
-    @property
-    def lost_ratio(self) -> float:
-        """Share of the tokens that no row holds."""
-        return 1.0 - self.kept_tokens / self.tokens if self.tokens else 0.0
-
 
 def pack(documents: Sequence[Sequence[int]], T: int) -> tuple[Rows, PackReport]:
     """Pack tokenized documents into whole rows [R, T + 1], in the order in which they fill.

@@ -67,9 +67,10 @@ class Tokenizer:
         Raises:
             TokenizerError: naming where they are from, for tiktoken gave up on one of them.
         """
-        threads = self._threads
         try:
-            encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=threads)
+            encoded = self._encoding.encode_ordinary_batch(
+                list(documents), num_threads=self._threads
+            )
         except (Exception, *ENDS):
             raise
         except BaseException as error:  # a panic of Rust's: half a million spaces in a row

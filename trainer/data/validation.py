@@ -54,9 +54,8 @@ def validation_set(
     for group in range(reader.row_groups(shard)):
         if missing <= 0:
             break
-        texts = reader.texts(shard, group)
         where = f"{shard.name} row group {group}"
-        packed, _ = pack(tokenizer.encode_documents(texts, where), T)
+        packed, _ = pack(tokenizer.encode_documents(reader.texts(shard, group), where), T)
         found.append(packed[:missing].astype(narrow))
         missing -= len(found[-1])
     used = sum(len(part) for part in found)
