@@ -283,6 +283,7 @@ def test_memory_is_bounded_and_events_stay(
     service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "MAX_WAITING", 10)
+    monkeypatch.setattr(report, "ANSWER_S", 0.2)
     service.silent.set()
     reporter = reporter_to(service)
     for step in range(1, 31):
@@ -291,7 +292,6 @@ def test_memory_is_bounded_and_events_stay(
         else:
             reporter.point(point(step))
     service.silent.clear()
-    monkeypatch.setattr(report, "ANSWER_S", 0.2)
     reporter._closing.set()
     service.wait_for(lambda: service.heard() == 30)
     reporter.close()
@@ -309,6 +309,7 @@ def test_a_long_outage_keeps_no_more_than_the_bound(
     service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "MAX_WAITING", 100)
+    monkeypatch.setattr(report, "ANSWER_S", 0.2)
     service.silent.set()
     reporter = reporter_to(service)
     most = 0
@@ -316,7 +317,6 @@ def test_a_long_outage_keeps_no_more_than_the_bound(
         reporter.point(point(step))
         most = max(most, len(reporter._waiting))
     assert most <= 100
-    monkeypatch.setattr(report, "ANSWER_S", 0.2)
     service.silent.clear()
     reporter.close()
     assert service.heard() == 5000
