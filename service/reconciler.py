@@ -40,6 +40,7 @@ from trainer.contract.outcome import (
 )
 from trainer.contract.states import JobState
 
+GATHER_S = 0.05  # from a wake to the look: several at once cost one
 TICK_S = 1.0
 STOP_GRACE_S = 120.0  # without a word from the attempt, from a stop's request to the hard stop
 # The same of one that reports on: a step, and its last checkpoint's way to the store.
@@ -101,7 +102,7 @@ class Reconciler:
         return self._suspending or job.desired is not Desired.RUNNING or job.id in self._stopping
 
     async def run(self) -> None:
-        """Tick for ever."""
+        """Tick for ever. Who wakes it is answered first."""
         while True:
             self._awake.clear()
             try:
@@ -116,6 +117,7 @@ class Reconciler:
                 await asyncio.wait_for(self._awake.wait(), TICK_S)
             except TimeoutError:
                 continue
+            await asyncio.sleep(GATHER_S)
 
     async def suspend(self) -> None:
         """Checkpoint and queue every active job, for the cluster is about to go down."""

@@ -17,12 +17,15 @@ from service.store.schema import attempts, jobs, progress
 from trainer.contract.states import FINAL, JobState
 from trainer.storage.manifest import CheckpointRef
 
+AT_ONCE = 1000  # ids in one query; SQLite takes 32,766
+
 
 class JobStore:
     """All that is known of jobs, attempts and progress."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._unfinished: dict[str, Job] = {}  # as last read: each change has another version
 
     async def insert(self, job: Job, *records: NewRecord) -> Job:
         """Store a new job with its first records, or return the one with the same request_id."""
@@ -59,10 +62,20 @@ class JobStore:
         """Every job that is not final, in order of submission."""
         # By the states that count, not by those that don't: only so the index serves.
         states = [state.value for state in JobState if state not in FINAL]
-        query = sa.select(jobs).where(jobs.c.state.in_(states))
+        listed = sa.select(jobs.c.id, jobs.c.version).where(jobs.c.state.in_(states))
         async with self._database.read() as connection:
-            rows = await connection.execute(query.order_by(jobs.c.submission))
-            return [_job(row) for row in rows]
+            rows = await connection.execute(listed.order_by(jobs.c.submission))
+            versions = {row.id: row.version for row in rows}
+            known = {
+                k: job for k, job in self._unfinished.items() if job.version == versions.get(k)
+            }
+            news = [key for key in versions if key not in known]
+            for first in range(0, len(news), AT_ONCE):
+                some = news[first : first + AT_ONCE]
+                found = await connection.execute(sa.select(jobs).where(jobs.c.id.in_(some)))
+                known |= {row.id: _job(row) for row in found}
+        self._unfinished = known
+        return [known[key] for key in versions if key in known and not known[key].is_final]
 
     async def page(
         self, states: Collection[JobState], before: int | None, limit: int
