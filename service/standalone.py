@@ -32,6 +32,13 @@ OBJECT_STORE_BYTES = 128 << 20  # checkpoints and data don't go through it
 SEAWEEDFS_PARTS = ("s3", "master", "volume", "filer", "admin")
 START_S = 60.0
 SEAWEEDFS_END_S = 10.0  # flushes its volumes
+# A box whose Ray is gone refuses at once and is missed after 3 s, else after 15 or more. One that
+# is only silent keeps Ray's own 10 s for each answer. As in the Dockerfile.
+NODE_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
 RAY_END_S = 2.0  # has nothing to save: jobs are stopped by then
 
 
@@ -105,6 +112,7 @@ class Standalone:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            **NODE_CHECKS,
         }
         digest = hashlib.sha256(str(self._state).encode()).hexdigest()[:8]
         self._scratch = Path(tempfile.gettempdir()) / f"everstep-{digest}"
