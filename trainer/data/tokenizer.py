@@ -73,7 +73,7 @@ class Tokenizer:
             )
         except (Exception, *ENDS):
             raise
-        except BaseException as error:  # a panic of Rust's: half a million spaces in a row
+        except BaseException as error:  # a panic of Rust's: a million spaces in a row
             longest = max(documents, key=len)
             raise TokenizerError(
                 f"{where} can't be encoded ({error}); its longest document has {len(longest)} "
