@@ -44,7 +44,7 @@ from trainer.logs import LoggingReporter, LogShipper
 from trainer.loop import Loop, LoopEnd, Parts
 from trainer.pace import Pace
 from trainer.report import ServiceReporter
-from trainer.runtime import look, prepare
+from trainer.runtime import look, prepare, require_card
 from trainer.start import START_BUDGET_S, Start, choose_start, load
 from trainer.storage.layout import MAX_STEP
 from trainer.storage.object_store import ObjectStore, StoreError, open_store
@@ -73,6 +73,7 @@ class AttemptContext:
     service_address: str = ""
     service_ca: str | None = None
     node_id: str = ""
+    has_card: bool = False  # by Ray's word; logical GPUs have none, and train on the CPU
     on_claim: Callable[[int], None] = lambda number: None
     reporter: Reporter | None = None
     # Of an attempt that stands still: tells where a rank is and returns what all ranks have told;
@@ -139,6 +140,8 @@ def _run(
     context: AttemptContext, world: World, progress: _Progress, cleanup: contextlib.ExitStack
 ) -> AttemptResult:
     """Claim, build, train, save. What is opened is closed by cleanup, newest first."""
+    if context.has_card:
+        require_card()
     cache = Path(context.cache_dir)
     store = open_store(context.storage_uri)
     repository = CheckpointRepository(store, context.job_id)
@@ -266,10 +269,10 @@ def _start(
     on_each_box(lambda: salvage(spool, repository, commits=False))
     on_each_box(lambda: salvage(spool, repository, commits=True))
     chosen = world.all_do(lambda: patiently(choose, START_BUDGET_S) if world.is_first else None)
+    if chosen is not None:
+        context.on_claim(chosen.attempt)  # before any rank can tell how the attempt ended
     start = world.share_object(chosen)
     assert start is not None, "rank 0 has chosen"
-    if world.is_first:
-        context.on_claim(start.attempt)
     if world.local_rank == 0:
         spool.drop(MAX_STEP)  # of attempts that this one follows
         sweep(Path(context.cache_dir) / "spool", context.job_id, time.time())

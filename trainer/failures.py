@@ -12,6 +12,7 @@ from trainer.contract.outcome import Outcome
 from trainer.contract.violations import SpecError
 from trainer.data.loader import EmptyDataError
 from trainer.data.shards import ShardFormatError
+from trainer.runtime import NoCardError
 from trainer.storage.binding import DataChangedError
 from trainer.storage.documents import DocumentError
 from trainer.storage.object_store import NotFoundError, StoreError
@@ -31,7 +32,10 @@ WORDS: list[tuple[str, Outcome]] = [
 # Errors by what they mean for the job, first match; an error of no listed kind is our own.
 OUTCOMES: list[tuple[tuple[type[BaseException], ...], Outcome]] = [
     ((torch.OutOfMemoryError, MemoryError), Outcome.OUT_OF_MEMORY),
-    ((torch.AcceleratorError,), Outcome.WORKER_LOST),  # the device's, whatever its maker
+    (
+        (torch.AcceleratorError, NoCardError),
+        Outcome.WORKER_LOST,
+    ),  # the device's, whatever its maker
     ((torch.distributed.DistError,), Outcome.COLLECTIVE_FAILED),  # NCCL's, and the meeting place's
     ((StaleWriterError,), Outcome.STALE_WRITER),
     ((DataChangedError,), Outcome.DATA_CHANGED),

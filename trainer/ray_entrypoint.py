@@ -216,9 +216,11 @@ def _trainer(config: HostConfig, notes: str) -> Any:
     host_name = _own_name()
     nodes = ray.nodes()
     use_gpu = config.gpus_per_worker > 0
+    backend = _backend(config, nodes)
+    told = {"config": asdict(config), "host": host_name, "has_card": backend == "nccl"}
     return TorchTrainer(
         run_worker,
-        train_loop_config={"config": asdict(config), "host": host_name},
+        train_loop_config=told,
         scaling_config=ScalingConfig(
             num_workers=len(config.placement),
             use_gpu=use_gpu,
@@ -235,7 +237,7 @@ def _trainer(config: HostConfig, notes: str) -> Any:
             callbacks=[_host_callback(host_name)],
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
-        torch_config=TorchConfig(backend=_backend(config, nodes), timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S),
     )
 
 
@@ -311,6 +313,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
             threads=config.cpus_per_worker,
             stall_floor_s=config.stall_floor_s,
             node_id=ray.get_runtime_context().get_node_id(),
+            has_card=arguments["has_card"],
             on_claim=lambda number: ray.get(host.attempt_claimed.remote(number)),
             stacks=lambda rank, text: ray.get(
                 host.stack.remote(rank, text), timeout=WORD_TIMEOUT_S

@@ -27,6 +27,17 @@ MEMORY = Path("/proc/meminfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of this container's own, under cgroup v2
 
 
+class NoCardError(RuntimeError):
+    """The card that this process was given is not there for CUDA."""
+
+
+def require_card() -> None:
+    """Raise NoCardError where CUDA has no device: a GPU's work on a CPU would take months."""
+    if not torch.cuda.is_available():
+        reason = "CUDA has no device in this process; see nvidia-smi and dmesg on its box"
+        raise NoCardError(f"the worker was given a card, but {reason}")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how to compute."""

@@ -62,6 +62,7 @@ class Bucket:
         stop_at: int | None = None,
         world: World | None = None,
         reporter: RecordingReporter | None = None,
+        **facts: Any,
     ) -> tuple[AttemptResult, RecordingReporter]:
         """One attempt; stop_at: the service asks for a stop after that step."""
         directives = {} if stop_at is None else {stop_at: Directive.STOP}
@@ -73,6 +74,7 @@ class Bucket:
             host="here",
             threads=1,  # quickest for a model so small
             reporter=reporter,
+            **facts,
         )
         return run_attempt(context, world or World()), reporter
 

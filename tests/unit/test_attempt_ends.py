@@ -221,6 +221,17 @@ def test_a_writer_whose_claim_was_taken_over_ends_as_stale(bucket: Bucket) -> No
     assert result.step < 1000
 
 
+def test_a_card_that_cuda_misses_is_a_lost_worker_and_no_training_on_the_cpu(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bucket.add("JOB")
+    result, reporter = bucket.run("JOB", has_card=True)
+    assert (result.outcome, result.attempt) == (Outcome.WORKER_LOST, 0)
+    assert "CUDA has no device" in result.message
+    assert reporter.points == []
+
+
 class _OneOfTwo(World):
     """A rank whose fellow says what a test lets it."""
 

@@ -17,6 +17,7 @@ from trainer.contract.outcome import EXIT_CODES, AttemptResult, Outcome
 from trainer.distributed import World
 from trainer.events import Point, Warned
 from trainer.failures import outcome_of
+from trainer.runtime import NoCardError
 from trainer.watchdog import LEARN_STEPS, SURE_FACTOR, Stall, Watchdog
 
 HORIZON = 12
@@ -212,6 +213,7 @@ def test_compiling_waiting_and_saving_are_never_taken_for_a_standstill() -> None
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error"), Outcome.WORKER_LOST),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), Outcome.WORKER_LOST),
         (torch.AcceleratorError("HIP error: invalid device"), Outcome.WORKER_LOST),
+        (NoCardError("no device"), Outcome.WORKER_LOST),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), Outcome.CODE_ERROR),
         (torch.distributed.DistBackendError("NCCL error in: x"), Outcome.COLLECTIVE_FAILED),
         (RuntimeError("[gloo/transport/tcp/pair.cc:1] closed"), Outcome.COLLECTIVE_FAILED),
