@@ -71,9 +71,9 @@ class Metrics:
             (*JOB, "rank"),
         )
         self.checkpoint_committed = gauge(
-            "checkpoint_last_committed_timestamp_seconds",
-            "When the newest checkpoint was committed.",
+            "checkpoint_last_committed_timestamp_seconds", "When the newest one was committed."
         )
+        self.attempt_started = gauge("attempt_started_timestamp_seconds", "Of the newest attempt.")
         self.checkpoint_bytes = gauge("checkpoint_bytes", "Size of the newest checkpoint.")
         self.checkpoint_seconds = gauge("checkpoint_save_seconds", "Its background save.")
         by_gpu = (*JOB, "gpu")
@@ -195,6 +195,7 @@ class Metrics:
             self._show_point(labels, pb.MetricPoint.FromString(view.progress.latest_point))
         self.step.labels(**labels).set(view.progress.step)
         self.observe_workers(view.job)
+        self.observe_attempt(view)
         if view.progress.checkpoint_at is not None:
             self.checkpoint_committed.labels(**labels).set(view.progress.checkpoint_at)
         if view.progress.validation_bpb is not None:
@@ -204,6 +205,12 @@ class Metrics:
         """How many workers a job holds."""
         labels = {"job_id": job.id, "job_name": job.spec.name}
         self.workers.labels(**labels).set(len(job.placement))
+
+    def observe_attempt(self, view: JobView) -> None:
+        """When a job began to train, or did so again."""
+        if view.attempts:
+            labels = {"job_id": view.job.id, "job_name": view.job.spec.name}
+            self.attempt_started.labels(**labels).set(view.attempts[0].started_at)
 
     def observe_running(self, job: Job) -> None:
         """A job trains for the first time."""

@@ -67,7 +67,11 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
         now = time.time()
         attempt = Attempt(job.id, hello.attempt, now, hello.start_step)
         record = events.attempt_started(hello.attempt, hello.start_step, now)
-        return await self._records.begin_attempt(attempt, record)
+        acknowledged = await self._records.begin_attempt(attempt, record)
+        view = await self._jobs.view(job.id)  # it may have begun before: this is its word again
+        if view is not None and not job.is_final:
+            self._metrics.observe_attempt(view)
+        return acknowledged
 
     async def _take(self, hello: pb.Hello, entries: Sequence[pb.ReportEntry]) -> int:
         numbered = [(entry.sequence, _record(entry, hello.attempt)) for entry in entries]

@@ -146,3 +146,20 @@ async def test_a_job_without_checkpoints_lists_none(api: Api) -> None:
     job_id = (await api.submit()).job.id
     request = pb.ListCheckpointsRequest(job_id=job_id)
     assert not (await api.call("ListCheckpoints", request)).checkpoints
+
+
+async def test_when_the_newest_attempt_began_is_shown_and_its_second_word_moves_nothing(
+    api: Api,
+) -> None:
+    job_id = (await api.submit()).job.id
+    await api.plane.tick()
+
+    async def shown_after(attempt: int) -> float:
+        await api.report(credential(job_id, attempt), [hello(job_id, attempt)])
+        (family,) = api.plane.metrics.attempt_started.collect()
+        (sample,) = family.samples
+        return sample.value
+
+    first = await shown_after(1)
+    assert await shown_after(1) == first
+    assert await shown_after(2) > first
