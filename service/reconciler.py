@@ -7,7 +7,7 @@ job that it had stopped for another number of workers is queued, and starts wher
 
 Invariant: a job has at most one host that counts, the one with its host_number; any other is
 killed. A host is given up for dead on two signs only: the cluster answers and doesn't know it, and
-nothing that it started still reports.
+nothing that it started still reports, for which a service that has just begun waits longer.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Reconciler:
         self._hosts_lost: dict[str, tuple[int, float]] = {}  # job id -> how many, when the last
         self._heard: dict[str, float] = {}  # job id -> when its attempt reported last, monotonic
         self._stopping: dict[str, Move] = {}  # job id -> where it goes on once it has stopped
+        self._began = time.monotonic()
         self._suspending = False
         self.nodes: tuple[Node, ...] | None = None
         self.seen_at = 0.0  # when Ray told of them
@@ -208,7 +209,10 @@ class Reconciler:
             await self._go_on(job, job.placement, "its host is gone; another one starts")
 
     def _heard_lately(self, job: Job) -> bool:
-        return time.monotonic() - self._heard.get(job.id, -HEARD_S) < HEARD_S
+        now, heard = time.monotonic(), self._heard.get(job.id)
+        if heard is None:  # an attempt that outlived the last service may not have found this one
+            return now - self._began < 2 * HEARD_S
+        return now - heard < HEARD_S
 
     def _lost_a_node(self, job: Job) -> bool:
         """Whether a worker's node is gone, and no worker reports any more."""

@@ -20,6 +20,7 @@ from service.errors import ClusterAwayError
 from service.jobs import Desired, Job
 from service.ray_cluster import HostStatus
 from tests.fakes.control_plane import ControlPlane, control_plane, new_job
+from tests.fakes.ray_cluster import FakeRayCluster, machine
 from trainer.contract import outcome
 from trainer.contract.outcome import (
     FAILED_SAVE_S,
@@ -197,6 +198,39 @@ async def test_a_host_is_not_given_up_while_its_attempt_still_reports(
     await plane.tick(2)
     assert await plane.job("JOB1") == job
     monkeypatch.setattr(reconciler, "HEARD_S", 0.0)
+    await plane.tick()
+    assert (await plane.job("JOB1")).host_number == 2
+
+
+@pytest.mark.parametrize("node_alive", [True, False])
+async def test_a_restarted_service_gives_attempts_time_to_find_it_before_a_host_is_given_up(
+    tmp_path: Path, node_alive: bool
+) -> None:
+    cluster = FakeRayCluster()
+    async with control_plane(tmp_path, cluster) as before:
+        job = await running(before)
+    cluster.machines = [machine(1, cpus=4, alive=node_alive), machine(2, cpus=4)]
+    if node_alive:
+        cluster.lose(FIRST)
+    known = list(cluster.known)
+    async with control_plane(tmp_path, cluster) as plane:
+        plane.reconciler._began = time.monotonic()
+        await plane.tick(2)
+        assert await plane.job("JOB1") == job
+        assert list(cluster.known) == known, "the cluster's word alone neither starts nor kills"
+        plane.reconciler._began -= 2 * reconciler.HEARD_S
+        await plane.tick()
+        assert list(cluster.known) == [("JOB1", 2)]
+
+
+async def test_an_attempt_that_found_the_restarted_service_is_missed_as_soon_as_ever(
+    plane: ControlPlane,
+) -> None:
+    job = await running(plane)
+    plane.reconciler._began = time.monotonic()
+    plane.reconciler.directive(job)
+    plane.reconciler._heard["JOB1"] -= reconciler.HEARD_S
+    plane.cluster.lose(FIRST)
     await plane.tick()
     assert (await plane.job("JOB1")).host_number == 2
 
