@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 
 from tests.fakes.attempts import Bucket, differing, small_corpus
 from tests.fakes.control_plane import TINY, changed
+from tests.fault.seeds import drawn
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("EVERSTEP_CHAOS_ROUNDS", "1"))
@@ -76,9 +76,7 @@ def run(
 def test_kills_at_any_step_cost_recompute_alone(
     tmp_path: Path, compute: str, compiled: str, kills: int, steps: int, round_: int
 ) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"round {round_}, seed {seed}")  # shown where the test fails
-    draw = random.Random(seed)
+    draw = drawn(f"round {round_}")
     bucket = Bucket(tmp_path)
     data = small_corpus(tmp_path / "data")
     spec = tmp_path / "spec.json"

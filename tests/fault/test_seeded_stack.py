@@ -7,7 +7,6 @@ once. The final weights, the watch stream and what is left behind are checked.
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
+from tests.fault.seeds import drawn
 from tests.fault.test_whole_stack import (
     STEPS,
     kill_controller,
@@ -64,11 +64,10 @@ def killed(stack: Stack, kill: Callable[[Stack], None]) -> bool:
 def test_kills_of_any_process_at_any_step(
     stack: Stack, undisturbed: dict[str, str], round_: int
 ) -> None:
-    seed = random.randrange(1 << 32)
-    draw = random.Random(seed)
+    draw = drawn(f"round {round_}")
     victims = draw.sample(VICTIMS, KILLS)
     steps = sorted(draw.sample(range(5, STEPS - 40), KILLS))
-    print(f"round {round_}, seed {seed}: {[kill.__name__ for kill in victims]} at {steps}")
+    print(f"{[kill.__name__ for kill in victims]} at {steps}")
     with stack.client() as client:
         job = client.submit({**SMALL_JOB, "schedule": {"num_iterations": STEPS}}).job
         seen: list[pb.WatchJobResponse] = []
