@@ -54,6 +54,7 @@ class FakeTrainingService(rpc.TrainingServiceServicer):
     def __init__(self) -> None:
         self.requests: dict[str, list[Any]] = {}
         self.tokens: list[str | None] = []
+        self.deadlines_s: dict[str, float | None] = {}  # left of each method's last call
         self._answers: dict[str, list[Any]] = {}
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         rpc.add_TrainingServiceServicer_to_server(self, self._server)
@@ -77,6 +78,7 @@ class FakeTrainingService(rpc.TrainingServiceServicer):
 
     def _next(self, method: str, request: Any, context: grpc.ServicerContext) -> Any:
         self.requests.setdefault(method, []).append(request)
+        self.deadlines_s[method] = context.time_remaining()
         metadata = dict(context.invocation_metadata())
         self.tokens.append(metadata.get("authorization"))
         answers = self._answers[method]
@@ -91,7 +93,15 @@ class FakeTrainingService(rpc.TrainingServiceServicer):
         context.abort_with_status(rpc_status.to_status(status))
 
     def WatchJob(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
-        answer = self._next("WatchJob", request, context)
+        yield from self._stream("WatchJob", request, context)
+
+    def StreamLogs(  # noqa: N802
+        self, request: Any, context: grpc.ServicerContext
+    ) -> Iterator[Any]:
+        yield from self._stream("StreamLogs", request, context)
+
+    def _stream(self, method: str, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        answer = self._next(method, request, context)
         if isinstance(answer, Failure):
             yield from answer.after
             self._abort(answer, context)

@@ -324,3 +324,22 @@ def test_delete_takes_checkpoints_along_only_when_told(service: FakeTrainingServ
     assert run(["delete", "JOB1"]) == 4
     assert run(["delete", "JOB1", "--checkpoints"]) == 0
     assert [each.delete_checkpoints for each in service.requests["DeleteJob"]] == [False, True]
+
+
+def test_logs_are_printed_with_time_attempt_and_rank_or_as_json(
+    service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        pb.StreamLogsResponse(time=NOW, attempt=2, rank=rank, line=f"says rank {rank}")
+        for rank in (0, 1)
+    ]
+    service.script(StreamLogs=[lines])
+    assert run(["logs", "JOB1", "--attempt", "2", "--rank", "1", "-f"]) == 0
+    asked = service.requests["StreamLogs"][0]
+    assert (asked.job_id, asked.attempt, asked.rank, asked.follow) == ("JOB1", 2, 1, True)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(" ", 1)[1] for line in shown] == ["2/0 says rank 0", "2/1 says rank 1"]
+    assert run(["logs", "JOB1", "-o", "json"]) == 0
+    assert not service.requests["StreamLogs"][1].HasField("rank")
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["line"] for each in told] == ["says rank 0", "says rank 1"]

@@ -56,6 +56,28 @@ def test_calls_carry_the_token(service: FakeTrainingService, client: everstep.Cl
     assert service.tokens == ["Bearer secret"]
 
 
+def test_every_call_has_a_deadline_and_a_watch_has_none(
+    service: FakeTrainingService, client: everstep.Client
+) -> None:
+    service.script(
+        GetJob=[job("SUCCEEDED")],
+        CancelJob=[pb.CancelJobResponse()],
+        VerifyCheckpoint=[pb.VerifyCheckpointResponse()],
+        WatchJob=[[state(1, "SUCCEEDED")]],
+    )
+    client.get("J")
+    client.cancel("J")
+    client.verify("J@1")
+    list(client.watch("J"))
+    deadlines = service.deadlines_s
+    bounds = {"GetJob": 30.0, "CancelJob": 600.0, "VerifyCheckpoint": 3600.0}
+    for method, bound in bounds.items():
+        left = deadlines[method]
+        assert left is not None
+        assert abs(left - bound) < 20  # gRPC rounds up
+    assert deadlines["WatchJob"] is None or deadlines["WatchJob"] > 1e8
+
+
 def test_unavailable_is_retried_with_the_same_request_id(
     service: FakeTrainingService, client: everstep.Client
 ) -> None:

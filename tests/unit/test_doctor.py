@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,3 +107,67 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_p
     found = [*doctor.examine(Settings(state=tmp_path))]
     assert Finding("disks", State.FAILED, "OSError: no such device") in found
     assert any(each.check == "grpc port" for each in found), "the others went on"
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    """A program of that name, found first."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("docker", "state", "words"),
+    [
+        ('echo \'{"nvidia": {}, "runc": {}}\'', State.OK, "knows"),
+        ("echo '{\"runc\": {}}'", State.FAILED, "nvidia-ctk runtime configure"),
+        ("exit 1", State.WARNING, "start it"),
+    ],
+)
+def test_whether_docker_can_hand_out_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docker: str, state: State, words: str
+) -> None:
+    command(tmp_path, "nvidia-smi", "exit 0")
+    command(tmp_path, "docker", docker)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (finding,) = doctor.container_toolkit(Settings())
+    assert finding.state is state
+    assert words in finding.found + finding.advice
+
+
+@pytest.mark.parametrize(
+    ("free", "state"), [(1 * GIB, State.FAILED), (10 * GIB, State.WARNING), (99 * GIB, State.OK)]
+)
+def test_whether_the_disks_have_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: State
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    found = list(doctor.disks(Settings(state=tmp_path)))
+    assert [each.state for each in found] == [state, state]
+    assert all(f"{free // GIB}.0 GiB free" in each.found for each in found)
+
+
+def test_each_gpu_is_told_with_what_it_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    cards = [("RTX 4070", 12, 11), ("RTX 3060", 12, 2)]
+    memory = [SimpleNamespace(free=free * GIB, total=of * GIB) for _, of, free in cards]
+    fakes: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.65",
+        "nvmlSystemGetCudaDriverVersion": lambda: 13000,
+        "nvmlDeviceGetCount": lambda: len(cards),
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetMemoryInfo": lambda index: memory[index],
+        "nvmlDeviceGetName": lambda index: cards[index][0],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(pynvml, name, fake)
+    monkeypatch.setattr(doctor, "_torch_cuda", lambda: ("13.0", True))
+    found = list(doctor.gpus(Settings()))
+    assert [(each.check, each.state) for each in found] == [
+        ("gpu driver", State.OK),
+        ("gpu 0", State.OK),
+        ("gpu 1", State.WARNING),
+    ]
+    assert found[2].found == "RTX 3060: 2.0 GiB free of 12.0 GiB"
