@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -26,8 +27,9 @@ PATIENCE_S = 240.0  # a start of Ray and of a job on two busy cores
 class Box:
     """One clone and its stack."""
 
-    def __init__(self, clone: Path, engine: dict[str, str]) -> None:
-        self.clone = clone
+    def __init__(self, clone: Path, engine: dict[str, str], data: Path) -> None:
+        """data: a folder of the box that jobs may read."""
+        self.clone, self.data = clone, data
         self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self.environment = {
             **os.environ,
@@ -36,14 +38,20 @@ class Box:
             "COMPOSE_PROJECT_NAME": f"{PROJECT}{os.getpid()}",
             "COMPOSE_PROFILES": "",  # without Grafana: its image may not be at hand
             "EVERSTEP_MIN_FREE_GB": "8",
+            "EVERSTEP_DATA": str(data),
+            "EVERSTEP_STATE": ".everstep/compose",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # of the client
             **{name: str(port) for name, port in self.ports.items()},
         }
 
-    def up(self) -> None:
-        """`make up`."""
+    def follow_readme(self) -> None:
+        """What README.md says of a box, to the letter."""
+        section = (self.clone / "README.md").read_text().partition("## On a box with Docker\n")[2]
+        commands = section.split("```\n")[1]
+        assert commands.startswith("make up ")
         began = time.monotonic()
-        self.run("make", "up")
-        print(f"\nmake up: {time.monotonic() - began:.0f} s; the image: {self.image_size()}")
+        self.run("bash", "-euc", commands)
+        print(f"\nREADME: {time.monotonic() - began:.0f} s; the image: {self.image_size()}")
 
     def run(self, *command: str) -> str:
         """A command in the clone; its output."""

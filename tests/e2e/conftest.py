@@ -16,6 +16,7 @@ import pytest
 from tests.e2e.box import PROJECT, Box
 
 ROOT = Path(__file__).parents[2]
+CORPUS = ROOT / "tests/data/corpus"
 # Where no engine runs: a disposable one that some workplaces of this project have beside the clone.
 ENGINE = Path(
     os.environ.get("EVERSTEP_CONTAINER_ENGINE", ROOT.parent / "shared/tools/container-engine")
@@ -65,15 +66,27 @@ def remove_stale_stacks(environment: dict[str, str]) -> None:
             subprocess.run(words, env=environment, check=True)
 
 
+def nanochat_folder(base: Path) -> Path:
+    """nanochat's base folder, as its own scripts leave it; the containers' user may read it."""
+    (base / "base_data_climbmix").mkdir()
+    (base / "tokenizer").mkdir()
+    for shard in CORPUS.glob("*.parquet"):
+        shutil.copyfile(shard, base / "base_data_climbmix" / shard.name)
+    shutil.copyfile(CORPUS / "tokenizer/tokenizer.pkl", base / "tokenizer/tokenizer.pkl")
+    for path in (base, *base.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return base
+
+
 @pytest.fixture(scope="module")
 def box(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     """The stack in its CPU form, healthy. Whatever a test did to it, nothing is left afterwards."""
     remove_stale_stacks({**os.environ, **engine})
     clone = tmp_path_factory.mktemp("box") / "everstep"
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", clone], check=True)
-    box = Box(clone, engine)
+    box = Box(clone, engine, nanochat_folder(tmp_path_factory.mktemp("data")))
     try:
-        box.up()
+        box.follow_readme()
         yield box
     finally:
         box.compose("--profile", "*", "down", "--volumes", "--timeout", "1")

@@ -23,7 +23,6 @@ from tests.e2e.box import Box, wait_for_checkpoint, wait_until
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
-CORPUS = ROOT / "tests/data/corpus"
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
 # Panels that a healthy run of one worker without a GPU has nothing for.
 MAY_BE_EMPTY = (
@@ -58,6 +57,14 @@ def job_id(box: Box) -> str:
         job_id = client.submit(JOB).job.id
         wait_for_checkpoint(client, job_id, 0)
     return job_id
+
+
+def test_readmes_first_job_trains(box: Box) -> None:
+    with box.client() as client:
+        (first,) = client.list()
+        assert first.name == "first-light"
+        wait_until(lambda: client.get(first.id).step > 0, "its first step")
+        client.cancel(first.id)
 
 
 def newest_attempt(job: pb.Job) -> pb.Attempt:
@@ -199,20 +206,35 @@ def client_certificate(box: Box) -> Path:
 
 def test_a_foreign_client_reads_by_reflection(box: Box, job_id: str) -> None:
     box.environment["BUF"] = str(Path(sys.executable).with_name("buf"))
-    box.environment["EVERSTEP_STATE"] = ".everstep/compose"
     answer = box.run("examples/buf-curl", "GetJob", json.dumps({"job_id": job_id}))
     assert json.loads(answer)["job"]["id"] == job_id
 
 
-def test_data_is_brought_and_a_checkpoint_writes(box: Box, client: Client, job_id: str) -> None:
-    for path in sorted((CORPUS / "tokenizer").glob("*.pkl")):
-        tokenizer = client.put_file(path, "brought-tokenizer")
-    for path in sorted(CORPUS.glob("*.parquet")):
-        source = client.put_file(path, "brought")
-    spec = {**JOB, "data": {"source": source, "tokenizer": tokenizer}}
-    assert client.plan(spec).shape.vocab_size == 768
+def test_nanochats_folder_trains_as_it_stands(box: Box) -> None:
+    small = "--depth=2 --aspect-ratio=32 --head-dim=16 --max-seq-len=64 --window-pattern=L"
+    flags = f"{small} --device-batch-size=4 --total-batch-size=256 --num-iterations=20"
+    own = ("optimizer.smear_lr=0.01", "evaluate.tokens=1024", "precision.compute=fp32")
+    own += ("sample.every=0", "resources.gpus_per_worker=0", "resources.cpus_per_worker=1")
+    settings = [word for each in own for word in ("--set", each)]
+    where = ("--nanochat-dir", str(box.data))
+    said = box.run("everstep", "submit", "--nanochat", flags, *where, *settings, "--wait")
+    assert "SUCCEEDED" in said
+
+
+def test_data_is_brought_and_trains(box: Box, client: Client) -> None:
+    printed = box.run("everstep", "data", "put", str(box.data), "--name", "brought", "-o", "json")
+    spec = {**JOB, "data": json.loads(printed), "schedule": {"num_iterations": 20}}
+    made = client.submit(spec)
+    assert made.plan.shape.vocab_size == 768
+    states = [record.event.state for record in client.watch(made.job.id)]
+    assert states[-1] == pb.JOB_STATE_SUCCEEDED
+
+
+def test_a_checkpoint_writes_and_no_other_folder_is_read(
+    box: Box, client: Client, job_id: str
+) -> None:
     assert "".join(client.sample(f"{job_id}@latest", "The ", max_tokens=4, temperature=1.0))
-    with pytest.raises(InvalidSpecError, match="must lie in /data"):
+    with pytest.raises(InvalidSpecError, match=f"must lie in {box.data}"):
         client.plan({**JOB, "data": {"source": "file:/etc", "tokenizer": "file:/run/secrets"}})
 
 
@@ -274,11 +296,28 @@ def test_wrong_keys_of_the_store_stop_the_stack_again(box: Box) -> None:
     box.compose("--profile", "*", "down", "--volumes")
 
 
-def test_gpu_form_reserves_the_gpus_and_fits_the_schema(box: Box, tmp_path: Path) -> None:
-    shown = box.run("docker", "compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    head = json.loads(shown)["services"]["ray-head"]
-    devices = head["deploy"]["resources"]["reservations"]["devices"]
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["docker-compose.yml"],
+        ["docker-compose.yml", "deploy/cluster.compose.yml"],
+        ["deploy/worker.compose.yml"],
+    ],
+)
+def test_gpu_forms_reserve_the_gpus_and_fit_the_schema(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str]
+) -> None:
+    secrets = str(box.clone / ".everstep/compose")
+    facts = {"EVERSTEP_HEAD": "10.0.0.1", "EVERSTEP_IP": "10.0.0.2", "EVERSTEP_SECRETS": secrets}
+    for name, value in facts.items():
+        monkeypatch.setitem(box.environment, name, value)
+    named = [word for file in files for word in ("-f", file)]
+    shown = box.run("docker", "compose", *named, "config", "--format", "json")
+    services = json.loads(shown)["services"]
+    node = services.get("ray-head") or services["ray-worker"]
+    devices = node["deploy"]["resources"]["reservations"]["devices"]
     assert devices == [{"capabilities": ["gpu"], "count": -1, "driver": "nvidia"}]
+    assert node["environment"]["EVERSTEP_RAY_ADDRESS"].endswith(":6379")
     whole = tmp_path / "compose.json"
     whole.write_text(shown)
     checker = Path(sys.executable).with_name("check-jsonschema")
