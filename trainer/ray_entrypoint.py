@@ -31,9 +31,11 @@ WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be abou
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR}
 NODE_LABEL = "ray.io/node-id"  # Ray's own, on every node
 CARD = "accelerator_type:"  # how Ray names a node's resource for the type of its cards
-# Set where Ray starts a process for us; read by Ray Train itself.
+# Set where Ray starts a process for us; read by Ray Train itself. A worker that only doesn't answer
+# is stopped, not dead (Ray would give it 10 minutes): a week. The watchdog ends one that hangs.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "604800",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

@@ -86,6 +86,14 @@ def test_an_attempt_that_fails_before_it_claims_or_at_a_rank_that_has_not_heard_
     assert run(monkeypatch, unclaimed, claimed) == [(0, "STORE_UNAVAILABLE"), (0, "INVALID_JOB")]
 
 
+def test_ray_train_hands_on_what_it_is_told_and_takes_no_silent_worker_for_dead() -> None:
+    from ray.train.v2._internal import constants
+
+    assert set(RAY_TRAIN_SETTINGS) <= constants.ENV_VARS_TO_PROPAGATE
+    silence_s = float(RAY_TRAIN_SETTINGS[constants.WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR])
+    assert silence_s > 100 * constants.DEFAULT_WORKER_HEALTH_CHECK_TIMEOUT_S
+
+
 def node(name: str, **resources: float) -> dict[str, Any]:
     return {"NodeID": name, "Resources": {"CPU": 8.0, **resources}}
 
