@@ -44,7 +44,7 @@ from service.store import (
     Thinning,
     TokenStore,
 )
-from service.tls import Certificate, certificate
+from service.tls import Certificate, certificate, require_data_roots
 from service.tokens import Tokens
 from service.transfers import Transfers
 from service.updates import Updates
@@ -145,6 +145,7 @@ async def _run(
     if settings.admin_token is None or settings.secret is None:
         raise StartError("set EVERSTEP_ADMIN_TOKEN and EVERSTEP_SECRET (32 bytes in hex)")
     served_with = certificate(settings)
+    require_data_roots(settings)
     store = open_store(settings.storage)
     await _probe(store)
     registry = CollectorRegistry()

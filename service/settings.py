@@ -35,7 +35,9 @@ class Settings(BaseSettings):
     advertise: str | None = Field(None, description="address at which workers reach the service")
     cache: Path | None = Field(None, description="folder of caches on the workers")
     data_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (), description="folders, divided by ':', that file: URIs must lie in; none: any folder"
+        (),
+        description="folders, divided by ':', that file: URIs must lie in; none: any folder, which "
+        "is refused where others reach `listen`",
     )
     suspend_on_stop: bool = Field(
         False, description="checkpoint what runs before stopping: Ray goes down with the service"

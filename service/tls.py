@@ -1,10 +1,11 @@
-"""Encryption of the gRPC port: which certificate is served, and when plaintext is refused.
+"""A gRPC port that others reach: its certificate, and what is refused before it listens.
 
 A certificate is a folder with server.crt and server.key, and with ca.crt where server.crt doesn't
 vouch for itself. It must bear every name that is used to reach the service: 127.0.0.1 for the
 health check, the advertised address for workers, and what clients call it.
 
-Invariant: tokens never cross a network in the clear unless somebody said that it encrypts.
+Invariant: tokens never cross a network in the clear unless somebody said that it encrypts, nor do
+those who hold one from elsewhere name any folder of this machine unless somebody said so.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def certificate(settings: Settings) -> Certificate | None:
     """
     if settings.tls is not None:
         return Certificate.read(settings.tls)
-    address = settings.published or settings.listen.rpartition(":")[0]
+    address = _address(settings)
     if not settings.plaintext and not is_loopback(address):
         raise StartError(
             f"{address} is not this machine alone, and tokens would be sent in the clear: give a "
@@ -67,6 +68,21 @@ def certificate(settings: Settings) -> Certificate | None:
             "Tailscale), set EVERSTEP_PLAINTEXT=yes"
         )
     return None
+
+
+def require_data_roots(settings: Settings) -> None:
+    """StartError where specs from other machines could name any folder of this one."""
+    address = _address(settings)
+    if not settings.data_roots and not is_loopback(address):
+        raise StartError(
+            f"{address} is not this machine alone, and specs could name any folder of it: give the "
+            "folders that file: URIs may lie in by EVERSTEP_DATA_ROOTS, divided by ':' (/: any)"
+        )
+
+
+def _address(settings: Settings) -> str:
+    """The host that others reach the service at."""
+    return settings.published or settings.listen.rpartition(":")[0]
 
 
 def is_loopback(address: str) -> bool:

@@ -17,7 +17,7 @@ from everstep.errors import ServiceUnreachableError
 from everstep.v1 import everstep_pb2 as pb
 from service.errors import StartError
 from service.settings import Settings
-from service.tls import Certificate, certificate
+from service.tls import Certificate, certificate, require_data_roots
 from tests.fakes.api import ADMIN, Api, credential, served
 from trainer.report import ServiceReporter
 
@@ -104,6 +104,28 @@ def test_plaintext_stays_on_this_machine(settings: dict[str, str], served_plain:
     else:
         with pytest.raises(StartError, match=r"sent in the clear.*EVERSTEP_TLS"):
             certificate(made)
+
+
+@pytest.mark.parametrize(
+    ("settings", "starts"),
+    [
+        ({}, True),
+        ({"listen": "0.0.0.0:7070", "published": "127.0.0.1"}, True),
+        ({"listen": "0.0.0.0:7070", "data_roots": "/data"}, True),
+        ({"listen": "0.0.0.0:7070"}, False),
+        ({"listen": "10.0.0.1:7070", "tls": "/run/tls"}, False),
+        ({"listen": "0.0.0.0:7070", "published": "0.0.0.0", "plaintext": "yes"}, False),
+    ],
+)
+def test_who_serves_others_says_which_folders_they_may_name(
+    settings: dict[str, str], starts: bool
+) -> None:
+    made = Settings(**settings)  # type: ignore[arg-type] # as the environment gives them
+    if starts:
+        require_data_roots(made)
+    else:
+        with pytest.raises(StartError, match=r"is not this machine alone.*EVERSTEP_DATA_ROOTS"):
+            require_data_roots(made)
 
 
 def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path, folder: Path) -> None:
