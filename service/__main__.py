@@ -233,7 +233,7 @@ async def _compose(
             storage,
             Uploads(storage, settings.state / "uploads"),
             Sampler(lifecycle, storage.uri),
-            Transfers(lifecycle, storage),
+            Transfers(lifecycle, storage, records),
             tokens,
             Updates(lifecycle, jobs, storage, reconciler.wake),
             deletions,

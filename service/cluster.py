@@ -6,6 +6,7 @@ Decides nothing: the scheduler does, by what upkeep says of a node. Absent figur
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -20,6 +21,7 @@ from service.upkeep import Upkeep
 from trainer.contract.states import JobState
 
 LOOK_S = 0.2  # how often a drain looks whether a node is empty
+log = logging.getLogger(__name__)
 
 
 class Cluster:
@@ -87,13 +89,14 @@ class Cluster:
             await asyncio.sleep(LOOK_S)
         return moved
 
-    async def undrain(self, name: str) -> None:
+    async def undrain(self, name: str, actor: str = "") -> None:
         """Let jobs onto a node again; NodeNotFoundError. Safe to repeat.
 
         By its address also where the machine isn't there now.
         """
-        gone = self._upkeep.is_drained(name)
-        await self._upkeep.undo(name if gone else self._find(name).address)
+        address = name if self._upkeep.is_drained(name) else self._find(name).address
+        await self._upkeep.undo(address)
+        log.info("draining node %s undone by %s", address, actor)
         self._wake()
 
     def _is_draining(self, node: Node) -> bool:

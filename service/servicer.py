@@ -214,7 +214,9 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     async def ExportCheckpoint(  # noqa: N802
         self, request: pb.ExportCheckpointRequest, _context: Context
     ) -> pb.ExportCheckpointResponse:
-        files = await self._transfers.export(request.checkpoint, request.target, request.format)
+        files = await self._transfers.export(
+            request.checkpoint, request.target, request.format, actor()
+        )
         return pb.ExportCheckpointResponse(files=files)
 
     async def GetLineage(  # noqa: N802
@@ -303,7 +305,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         self, request: pb.DrainNodeRequest, _context: Context
     ) -> pb.DrainNodeResponse:
         if request.undo:
-            await self._cluster.undrain(request.node_id)
+            await self._cluster.undrain(request.node_id, actor())
             return pb.DrainNodeResponse()
         return pb.DrainNodeResponse(job_ids=await self._cluster.drain(request.node_id, actor()))
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from service import events
 from service.checkpoints import CheckpointName
 from service.children import answers
 from service.errors import BusyError, InvalidRequestError, PreconditionError
 from service.lifecycle import Lifecycle
 from service.storage import Storage
+from service.store import RecordStore
 from trainer.storage.manifest import Manifest
 from trainer.storage.object_store import StoreUriError, open_store
 
@@ -27,13 +30,14 @@ FORMATS = ("nanochat", "safetensors")
 class Transfers:
     """Brings checkpoints in and out, one at a time."""
 
-    def __init__(self, lifecycle: Lifecycle, storage: Storage) -> None:
+    def __init__(self, lifecycle: Lifecycle, storage: Storage, records: RecordStore) -> None:
         self._lifecycle = lifecycle
         self._storage = storage
+        self._records = records
         self._turn = asyncio.Lock()
 
-    async def export(self, checkpoint: str, target: str, form: str) -> list[str]:
-        """Write JOB@STEP into a folder; the URIs of its files.
+    async def export(self, checkpoint: str, target: str, form: str, actor: str = "") -> list[str]:
+        """Write JOB@STEP into a folder; the URIs of its files. The job's events say who asked.
 
         Raises:
             InvalidRequestError: the target or the format can't be.
@@ -53,6 +57,8 @@ class Transfers:
             raise InvalidRequestError(f"target: {target}: {outside}")
         await self._lifecycle.require(name)
         async with self._alone():
+            told = events.requested(f"export {checkpoint} to {target}", actor, time.time())
+            await self._records.append(name.job_id, [told])
             wish = {**name._asdict(), "target": target, "format": form}
             return await self._run(checkpoint, wish)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -120,7 +121,7 @@ async def test_what_gpus_say_stands_at_the_node_that_rank_0_is_on(api: Api) -> N
 
 
 async def test_a_drained_node_is_left_by_its_jobs_and_taken_by_nobody_until_it_is_undone(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     machines = [machine(1, cpus=4), machine(2, cpus=4)]
     cluster = FakeRayCluster(machines=machines)
@@ -158,7 +159,9 @@ async def test_a_drained_node_is_left_by_its_jobs_and_taken_by_nobody_until_it_i
         holding = [job for job in await api.plane.jobs.unfinished() if job.holds_resources]
         assert all(f"{there}-anew" not in job.placement for job in holding)
         undone = pb.DrainNodeRequest(node_id=f"{there}-anew", undo=True)
-        await api.call("DrainNode", undone)
+        with caplog.at_level(logging.INFO):
+            await api.call("DrainNode", undone)
+        assert f"draining node {address} undone by admin" in caplog.text
         await api.plane.tick(2)
         assert not any(node.unused_because for node in (await look(api)).nodes)
 

@@ -163,6 +163,10 @@ async def test_a_trained_checkpoint_is_what_nanochat_reads(
 async def test_safetensors_come_with_a_config(api: Api, trained: Path, tmp_path: Path) -> None:
     files = await exported(api, f"{JOB}@4", tmp_path / "out", "safetensors")
     assert files[-1] == "model.safetensors"
+    last = (await api.plane.records.events(JOB))[-1]
+    event = pb.WatchJobResponse.FromString(last.body).event
+    assert (event.kind, event.actor) == (pb.EVENT_KIND_REQUESTED, "admin")
+    assert event.message == f"export {JOB}@4 to file:{tmp_path}/out"
     _, tensors = Bucket(trained).checkpoint(JOB, 4)
     found = {
         f"{prefix}.{name}": tensor

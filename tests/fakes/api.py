@@ -121,7 +121,7 @@ async def served(
                 plane.storage,
                 Uploads(plane.storage, folder / "uploads"),
                 Sampler(plane.lifecycle, plane.storage.uri),
-                Transfers(plane.lifecycle, plane.storage),
+                Transfers(plane.lifecycle, plane.storage, plane.records),
                 tokens,
                 Updates(plane.lifecycle, plane.jobs, plane.storage, plane.reconciler.wake),
                 deletions,
