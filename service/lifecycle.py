@@ -28,6 +28,8 @@ from service.errors import (
     LearningRateJumpError,
     PreconditionError,
     RequestReusedError,
+    StorageAwayError,
+    StoredDataError,
 )
 from service.jobs import Desired, Job, JobView, Record
 from service.lineage import Ancestor, Fork, forks, lineage
@@ -44,6 +46,9 @@ from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
 
 LOG_POLL_S = 1.0  # trainers ship theirs every two seconds
 WATCH_BATCH = 500  # records read at once
+
+# What a stop left behind: the newest checkpoint, None without any, or why that can't be read.
+Left = Manifest | StorageAwayError | StoredDataError | None
 
 
 class Lifecycle:
@@ -263,15 +268,18 @@ class Lifecycle:
         await self.get(job_id)
         return await self._records.points(job_id, start_step, end_step, max_points, limit)
 
-    async def cancel(self, job_id: str, actor: str = "") -> tuple[JobView, Manifest | None]:
+    async def cancel(self, job_id: str, actor: str = "") -> tuple[JobView, Left]:
         """Stop a job for good; waits until it is final. Safe to repeat."""
         await self._desire(job_id, Desired.CANCELLED, "cancel", actor)
-        return await self._settled(job_id, lambda job: job.is_final)
+        return await self._settled(job_id, Desired.CANCELLED)
 
-    async def pause(self, job_id: str, actor: str = "") -> tuple[JobView, Manifest | None]:
-        """Checkpoint a job and free its resources; waits until it has."""
+    async def pause(self, job_id: str, actor: str = "") -> tuple[JobView, Left]:
+        """Checkpoint a job and free its resources; waits until it has. Safe to repeat.
+
+        PreconditionError where somebody resumes or cancels it meanwhile.
+        """
         await self._desire(job_id, Desired.PAUSED, "pause", actor)
-        return await self._settled(job_id, lambda job: job.is_final or job.state is JobState.PAUSED)
+        return await self._settled(job_id, Desired.PAUSED)
 
     async def resume(self, job_id: str, actor: str = "") -> JobView:
         """Queue a paused job again. Safe to repeat."""
@@ -292,16 +300,22 @@ class Lifecycle:
                 self._wake()
                 return
 
-    async def _settled(
-        self, job_id: str, done: Callable[[Job], bool]
-    ) -> tuple[JobView, Manifest | None]:
+    async def _settled(self, job_id: str, desired: Desired) -> tuple[JobView, Left]:
+        """Once the job is final or as desired; what it left behind."""
         while True:
             growth = self._database.growth(job_id)
             view = await self.get(job_id)
-            if done(view.job):
-                manifests = await self._storage.manifests(job_id)
-                return view, manifests[0] if manifests else None
+            if view.job.is_final or view.job.state.value == desired.value:
+                break
+            if view.job.desired is not desired:
+                since = f"somebody wants it {view.job.desired} since"
+                raise PreconditionError(f"job {job_id} does not become {desired}: {since}")
             await growth.wait()
+        try:
+            manifests = await self._storage.manifests(job_id)
+        except (StorageAwayError, StoredDataError) as error:
+            return view, error  # the job has stopped all the same
+        return view, manifests[0] if manifests else None
 
     def _same_request(self, job: Job, request_sha256: str) -> Job:
         if job.request_sha256 != request_sha256:

@@ -16,9 +16,9 @@ from service import convert
 from service.access import actor
 from service.cluster import Cluster
 from service.deletions import Deletions
-from service.errors import BusyError, InvalidRequestError, require
+from service.errors import BusyError, InvalidRequestError, ServiceError, require
 from service.jobs import JobView
-from service.lifecycle import Lifecycle, request_digest
+from service.lifecycle import Left, Lifecycle, request_digest
 from service.planning import Resolved
 from service.sampling import DEFAULT_TOKENS, Sampler, SampleWish
 from service.storage import Storage, Stored, manifest_sha256
@@ -26,7 +26,6 @@ from service.tokens import Tokens
 from service.transfers import Transfers
 from service.updates import Updates
 from service.uploads import Announced, Uploads
-from trainer.storage.manifest import Manifest
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
@@ -151,9 +150,9 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     async def PauseJob(  # noqa: N802
         self, request: pb.PauseJobRequest, _context: Context
     ) -> pb.PauseJobResponse:
-        view, manifest = await self._lifecycle.pause(request.job_id, actor())
+        view, left = await self._lifecycle.pause(request.job_id, actor())
         return pb.PauseJobResponse(
-            job=convert.job_to_proto(view), final_checkpoint=_final_checkpoint(view, manifest)
+            job=convert.job_to_proto(view), final_checkpoint=_final_checkpoint(view, left)
         )
 
     async def ResumeJob(  # noqa: N802
@@ -165,9 +164,9 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     async def CancelJob(  # noqa: N802
         self, request: pb.CancelJobRequest, _context: Context
     ) -> pb.CancelJobResponse:
-        view, manifest = await self._lifecycle.cancel(request.job_id, actor())
+        view, left = await self._lifecycle.cancel(request.job_id, actor())
         return pb.CancelJobResponse(
-            job=convert.job_to_proto(view), final_checkpoint=_final_checkpoint(view, manifest)
+            job=convert.job_to_proto(view), final_checkpoint=_final_checkpoint(view, left)
         )
 
     async def UpdateJob(  # noqa: N802
@@ -363,11 +362,17 @@ def _submission(page_token: str) -> int | None:
     return int(page_token)
 
 
-def _final_checkpoint(view: JobView, manifest: Manifest | None) -> pb.FinalCheckpoint:
-    if manifest is None:
+def _final_checkpoint(view: JobView, left: Left) -> pb.FinalCheckpoint:
+    if left is None:
         return pb.FinalCheckpoint(reason=f"no step was checkpointed: {view.job.reason}")
+    if isinstance(left, ServiceError):
+        known = view.progress.checkpoint
+        return pb.FinalCheckpoint(
+            checkpoint=convert.ref_to_proto(known) if known else None,
+            reason=f"{view.job.reason}; what the store has of it can't be read now: {left}",
+        )
     return pb.FinalCheckpoint(
-        checkpoint=convert.ref_to_proto(manifest.ref),
-        manifest_sha256=manifest_sha256(manifest),
+        checkpoint=convert.ref_to_proto(left.ref),
+        manifest_sha256=manifest_sha256(left),
         reason=view.job.reason,
     )

@@ -248,9 +248,10 @@ def _say_stopped(stopped: pb.CancelJobResponse | pb.PauseJobResponse, output: st
         return
     final = stopped.final_checkpoint
     if final.HasField("checkpoint"):
-        left = f"its last checkpoint is {ref_name(final.checkpoint)}"
+        why = "" if final.manifest_sha256 else f": {final.reason}"  # the store could not be asked
+        left = f"its last checkpoint is {ref_name(final.checkpoint)}{why}"
     else:
-        left = f"there is no checkpoint: {final.reason}"
+        left = f"no checkpoint is known: {final.reason}"
     click.echo(f"{stopped.job.id} is {state_name(stopped.job.state)}; {left}")
 
 

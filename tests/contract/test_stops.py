@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
 from service import reconciler
+from service.errors import StorageAwayError
 from service.jobs import Desired
-from tests.fakes.api import Api, served
+from tests.fakes.api import Api, credential, hello, served
 from tests.fakes.checkpoints import manifest_for
 from tests.fakes.ray_cluster import FakeRayCluster
 from trainer.contract.outcome import AttemptResult, Outcome
@@ -141,7 +143,7 @@ async def test_the_answer_names_the_checkpoint_that_the_attempt_committed_last(
 
 
 @pytest.mark.parametrize(("method", "desired"), STOPS)
-@pytest.mark.parametrize("reach", [queued, *HOLDING])
+@pytest.mark.parametrize("reach", [queued, waiting, hostless, *HOLDING])
 async def test_a_service_that_restarts_amid_a_stop_gives_the_next_caller_the_answer(
     tmp_path: Path, reach: Callable[[Api, str], Awaitable[None]], method: str, desired: Desired
 ) -> None:
@@ -155,14 +157,14 @@ async def test_a_service_that_restarts_amid_a_stop_gives_the_next_caller_the_ans
     async with served(tmp_path, cluster) as api:
         again = await asked(api, method, job_id, desired)
         await api.plane.tick()
-        if reach is not queued:
+        if reach in HOLDING:
             commit(api, tmp_path, job_id)
             stopped = AttemptResult(1, Outcome.STOPPED, "stopped as asked", STEP, STEP)
             cluster.ends((job_id, 1), stopped)
             await api.plane.tick()
         answer = await asyncio.wait_for(again, 20)
         assert answer.job.state == pb.JobState.Value(f"JOB_STATE_{desired.value}")
-        assert answer.final_checkpoint.HasField("checkpoint") == (reach is not queued)
+        assert answer.final_checkpoint.HasField("checkpoint") == (reach in HOLDING)
         assert answer.final_checkpoint.reason
         assert not cluster.known
 
@@ -189,6 +191,67 @@ async def test_an_attempt_that_does_not_stop_is_ended_after_the_grace_and_the_an
     assert answer.final_checkpoint.checkpoint.step == 4, "the last committed one stands"
     assert answer.final_checkpoint.reason.startswith("stopped by force")
     assert not api.plane.cluster.known
+
+
+async def test_a_pause_that_a_resume_overtakes_ends_at_once(api: Api) -> None:
+    job_id = (await api.submit()).job.id
+    await running(api, job_id)
+    call = await asked(api, "PauseJob", job_id, Desired.PAUSED)
+    await api.call("ResumeJob", pb.ResumeJobRequest(job_id=job_id))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(call, 20)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.details() == (
+        f"job {job_id} does not become PAUSED: somebody wants it RUNNING since"
+    )
+
+
+async def test_a_pause_that_a_cancel_overtakes_ends_at_once_and_the_cancel_goes_on(
+    api: Api,
+) -> None:
+    job_id = (await api.submit()).job.id
+    await running(api, job_id)
+    pause = await asked(api, "PauseJob", job_id, Desired.PAUSED)
+    cancel = await asked(api, "CancelJob", job_id, Desired.CANCELLED)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(pause, 20)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    api.plane.cluster.lose((job_id, 1))
+    await api.plane.tick()
+    assert (await asyncio.wait_for(cancel, 20)).job.state == pb.JOB_STATE_CANCELLED
+
+
+@pytest.mark.parametrize("told", [0, 4])
+@pytest.mark.parametrize(("method", "desired"), STOPS)
+async def test_a_stop_at_whose_end_the_store_is_away_is_answered_and_says_so(
+    api: Api, monkeypatch: pytest.MonkeyPatch, method: str, desired: Desired, told: int
+) -> None:
+    """With the last checkpoint that the service was told of, if any."""
+    job_id = (await api.submit()).job.id
+    await running(api, job_id)
+    if told:
+        ref = pb.CheckpointRef(job_id=job_id, step=told, attempt=1)
+        event = pb.Event(kind=pb.EVENT_KIND_CHECKPOINT_COMMITTED, checkpoint=ref)
+        entry = pb.ReportEntry(sequence=1, event=event)
+        await api.report(credential(job_id), [hello(job_id), pb.ReportRequest(entries=[entry])])
+    call = await asked(api, method, job_id, desired)
+    faults = []
+
+    async def away(_job_id: str) -> Any:
+        faults.append(_job_id)
+        raise StorageAwayError("scripted: the store does not answer")
+
+    monkeypatch.setattr(api.plane.storage, "manifests", away)
+    message = f"stopped as asked after step {STEP}"
+    api.plane.cluster.ends((job_id, 1), AttemptResult(1, Outcome.STOPPED, message, STEP, STEP))
+    await api.plane.tick()
+    answer = await asyncio.wait_for(call, 20)
+    assert faults == [job_id]
+    assert answer.job.state == pb.JobState.Value(f"JOB_STATE_{desired.value}")
+    assert answer.final_checkpoint.checkpoint.step == told
+    assert not answer.final_checkpoint.manifest_sha256
+    assert message in answer.final_checkpoint.reason
+    assert "scripted: the store does not answer" in answer.final_checkpoint.reason
 
 
 async def test_a_preempted_job_that_waits_is_paused_with_its_checkpoint(

@@ -251,17 +251,23 @@ def test_list_is_a_table_and_json(
 def test_cancel_and_pause_say_what_is_left_and_resume_says_the_state(
     service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left = pb.FinalCheckpoint(checkpoint=pb.CheckpointRef(job_id="JOB1", step=150))
+    ref = pb.CheckpointRef(job_id="JOB1", step=150)
+    left = pb.FinalCheckpoint(checkpoint=ref, manifest_sha256="0" * 64, reason="stopped")
+    away = pb.FinalCheckpoint(checkpoint=ref, reason="stopped; the store is away")
     nothing = pb.FinalCheckpoint(reason="it never trained")
     service.script(
         CancelJob=[pb.CancelJobResponse(job=job("CANCELLED"), final_checkpoint=left)],
-        PauseJob=[pb.PauseJobResponse(job=job("PAUSED"), final_checkpoint=nothing)],
+        PauseJob=[
+            pb.PauseJobResponse(job=job("PAUSED"), final_checkpoint=nothing),
+            pb.PauseJobResponse(job=job("PAUSED"), final_checkpoint=away),
+        ],
         ResumeJob=[pb.ResumeJobResponse(job=job("QUEUED"))],
     )
-    assert [run([command, "JOB1"]) for command in ("cancel", "pause", "resume")] == [0, 0, 0]
+    assert [run([command, "JOB1"]) for command in ("cancel", "pause", "pause", "resume")] == [0] * 4
     assert capsys.readouterr().out.splitlines() == [
         "JOB1 is CANCELLED; its last checkpoint is JOB1@150",
-        "JOB1 is PAUSED; there is no checkpoint: it never trained",
+        "JOB1 is PAUSED; no checkpoint is known: it never trained",
+        "JOB1 is PAUSED; its last checkpoint is JOB1@150: stopped; the store is away",
         "JOB1 is QUEUED",
     ]
     assert run(["cancel", "JOB1", "-o", "json"]) == 0
