@@ -28,6 +28,7 @@ from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.parts import PartFailedError
 from service.ray_cluster import RayCluster
+from service.readiness import look_after
 from service.reconciler import Reconciler
 from service.reports import RunServicer
 from service.sampling import Sampler
@@ -53,7 +54,6 @@ from service.uploads import Uploads
 from trainer.contract.credential import host_key
 from trainer.storage.object_store import ObjectStore, StoreError, open_store, probe
 
-STATES_EVERY_S = 2.0
 ANY_ADDRESS = ("0.0.0.0", "[::]", "")
 PROBE_S = 30.0  # a store that has just come up may need a moment
 log = logging.getLogger("everstep")
@@ -170,16 +170,18 @@ async def _run(
             reconciler.run(),
             deletions.run(),
             Thinning(database).run(),
-            _count_states(jobs, metrics),
         ]
         if parts is not None:
             background.append(parts.supervise(cluster.close))
         tasks = [asyncio.create_task(each) for each in background]
+        looking = look_after(database, jobs, metrics, server, tasks[0])
+        tasks.append(asyncio.create_task(looking))
         cleanup.push_async_callback(_cancel, tasks)
         _announce(settings, served_with, parts, address, metrics_url)
         cleanup.callback((settings.state / "service.json").unlink, missing_ok=True)
         await stop.wait()
         metrics.stopping.set(1)
+        await server.leave()
         log.info("stopping")
         if settings.suspend_on_stop:
             log.info("checkpointing what runs")
@@ -293,16 +295,6 @@ def _serve_metrics(listen: str, registry: CollectorRegistry) -> str:
     except OSError as error:
         raise StartError(f"{listen} can't be listened on for /metrics: {error}") from error
     return f"http://{host}:{server.server_port}/metrics"
-
-
-async def _count_states(jobs: JobStore, metrics: Metrics) -> None:
-    while True:
-        try:
-            metrics.set_states(await jobs.counts())
-            metrics.set_accounts(await jobs.accounts(metrics.accounted))
-        except Exception:  # the loop outlives a database that was busy
-            log.exception("jobs could not be counted")
-        await asyncio.sleep(STATES_EVERY_S)
 
 
 def _announce(

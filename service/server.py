@@ -54,11 +54,20 @@ class Server:
         else:
             port = self._server.add_secure_port(listen, self._credentials)
         await self._server.start()
-        for name in ["", *self._names]:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self.ready(True)
         return int(port)
+
+    async def ready(self, well: bool) -> None:
+        """Tell by health whether work is done; once the service leaves it says no for good."""
+        answer = health_pb2.HealthCheckResponse
+        for name in ["", *self._names]:
+            await self._health.set(name, answer.SERVING if well else answer.NOT_SERVING)
+
+    async def leave(self) -> None:
+        """Say that others should be asked from now on; calls are answered until `stop`."""
+        await self._health.enter_graceful_shutdown()
 
     async def stop(self) -> None:
         """Answer what is under way, refuse what is new, then close."""
-        await self._health.enter_graceful_shutdown()
+        await self.leave()
         await self._server.stop(STOP_GRACE_S)

@@ -65,6 +65,11 @@ class Database:
                 if waited := self._grown.pop(job_id, None):
                     waited.set()
 
+    async def touch(self) -> None:
+        """Write one page, durably: fails where no call that changes anything could be kept."""
+        async with self.write() as connection:
+            await connection.exec_driver_sql("PRAGMA user_version = 1")
+
     def growth(self, job_id: str) -> asyncio.Event:
         """Set once the job's stream has grown. Take it before reading, then wait for it."""
         return self._grown.setdefault(job_id, asyncio.Event())
