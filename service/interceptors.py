@@ -10,6 +10,7 @@ import inspect
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
@@ -52,6 +53,10 @@ MESSAGE_BYTES = 500
 DETAILS_BYTES = 4000
 FIELD_OVERHEAD_BYTES = 8
 
+# Streams at once, by who opens them: people by a token (None), attempts, anybody. Each costs some
+# memory, and nobody can take the room of another kind: an attempt that isn't heard counts for dead.
+MAX_STREAMS: dict[Other | None, int] = {None: 1000, Other.ATTEMPT: 1000, Other.OPEN: 100}
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 caller: ContextVar[AttemptIdentity | None] = ContextVar("caller", default=None)
@@ -66,6 +71,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._keyring = keyring
         self._secret = secret
         self._metrics = metrics
+        self._open = Counter[Other | None]()
 
     async def intercept_service(
         self,
@@ -105,18 +111,19 @@ class Gate(grpc.aio.ServerInterceptor):
             code = "OK"
             try:
                 self._admit(method, context)
-                admitted = self._keyring.version
-                answers = inner(decode(request), context)
-                if inspect.iscoroutine(answers):  # health's Watch writes by itself
-                    await answers
-                    return
-                # Closed with us: a caller who hangs up must not leave what it started behind.
-                async with aclosing(answers) as responses:
-                    async for response in responses:
-                        if admitted != self._keyring.version:  # perhaps its token was revoked
-                            self._admit(method, context)
-                            admitted = self._keyring.version
-                        yield response
+                with self._counted(method):
+                    admitted = self._keyring.version
+                    answers = inner(decode(request), context)
+                    if inspect.iscoroutine(answers):  # health's Watch writes by itself
+                        await answers
+                        return
+                    # Closed with us: a caller who hangs up must not leave what it started behind.
+                    async with aclosing(answers) as responses:
+                        async for response in responses:
+                            if admitted != self._keyring.version:  # perhaps its token was revoked
+                                self._admit(method, context)
+                                admitted = self._keyring.version
+                            yield response
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -138,6 +145,20 @@ class Gate(grpc.aio.ServerInterceptor):
             labels = {"method": method, "code": outcome["code"]}
             self._metrics.rpcs.labels(**labels).inc()
             self._metrics.rpc_seconds.labels(**labels).observe(time.monotonic() - began)
+
+    @contextmanager
+    def _counted(self, method: str) -> Iterator[None]:
+        """One of the streams that may be open at once; BusyError past the last."""
+        rule = RULES.get(method)
+        kind = rule if isinstance(rule, Other) else None
+        if self._open[kind] >= MAX_STREAMS[kind]:
+            most = MAX_STREAMS[kind]
+            raise errors.BusyError(f"{most} streams of such callers are open already; end some")
+        self._open[kind] += 1
+        try:
+            yield
+        finally:
+            self._open[kind] -= 1
 
     def _admit(self, method: str, context: Context) -> None:
         """Let the caller in and remember who it is, or raise."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,7 @@ from service import convert
 from service.access import actor
 from service.cluster import Cluster
 from service.deletions import Deletions
-from service.errors import BusyError, InvalidRequestError, ServiceError, require
+from service.errors import InvalidRequestError, ServiceError, require
 from service.jobs import JobView
 from service.lifecycle import Left, Lifecycle, request_digest
 from service.planning import Resolved
@@ -33,7 +33,6 @@ MAX_REQUEST_ID = 128
 PROGRESS_BYTES = 8 << 20  # how often an upload hears how far it is
 MAX_POINTS = 20_000  # of one answer: about 12 MB
 MAX_SPEC_BYTES = 64 << 10  # one with every field at its longest is a tenth of it
-MAX_STREAMS = 1000  # watches and logs at once; each costs some memory and a look at its job
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -62,7 +61,6 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         self._updates = updates
         self._deletions = deletions
         self._cluster = cluster
-        self._streams = 0  # open ones
 
     async def SubmitJob(  # noqa: N802 - gRPC's name
         self, request: pb.SubmitJobRequest, _context: Context
@@ -122,9 +120,8 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
     ) -> AsyncIterator[pb.WatchJobResponse]:
         if request.cursor < 0:
             raise InvalidRequestError(f"cursor: {request.cursor}: at least 0")
-        with self._stream():
-            async for record in self._lifecycle.watch(request.job_id, request.cursor):
-                yield convert.record_to_proto(record)
+        async for record in self._lifecycle.watch(request.job_id, request.cursor):
+            yield convert.record_to_proto(record)
 
     async def StreamLogs(  # noqa: N802
         self, request: pb.StreamLogsRequest, _context: Context
@@ -138,14 +135,13 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
             request.rank if request.HasField("rank") else None,
             request.follow,
         )
-        with self._stream():
-            async for line in lines:
-                yield pb.StreamLogsResponse(
-                    attempt=line.attempt,
-                    rank=line.rank,
-                    time=convert.timestamp(line.time),
-                    line=line.text,
-                )
+        async for line in lines:
+            yield pb.StreamLogsResponse(
+                attempt=line.attempt,
+                rank=line.rank,
+                time=convert.timestamp(line.time),
+                line=line.text,
+            )
 
     async def PauseJob(  # noqa: N802
         self, request: pb.PauseJobRequest, _context: Context
@@ -321,17 +317,6 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         async with aclosing(self._sampler.sample(request.checkpoint, wish)) as texts:
             async for text in texts:
                 yield pb.SampleCheckpointResponse(text=text)
-
-    @contextmanager
-    def _stream(self) -> Iterator[None]:
-        """One of the streams that may be open at once; BusyError past the last."""
-        if self._streams >= MAX_STREAMS:
-            raise BusyError(f"{MAX_STREAMS} watches and logs are open already; end some first")
-        self._streams += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
 
     def _checkpoint(self, stored: Stored) -> pb.Checkpoint:
         uri = self._storage.checkpoint_uri(stored.ref)

@@ -11,11 +11,14 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
-from service import servicer
-from tests.fakes.api import ADMIN, Api, bearer, reason, served
+from everstep.v1 import everstep_pb2_grpc as rpc
+from service import interceptors, servicer
+from service.access import Other
+from tests.fakes.api import ADMIN, Api, bearer, credential, hello, reason, served
 from tests.fakes.control_plane import TINY, changed
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -44,31 +47,68 @@ async def test_a_spec_past_the_limit_is_refused_before_it_is_read(api: Api, meth
     assert f"at most {servicer.MAX_SPEC_BYTES}" in (error.details() or "")
 
 
+async def once(request: Any) -> AsyncIterator[Any]:
+    """One request of a stream that stays open."""
+    yield request
+    await asyncio.Event().wait()
+
+
+def opened(api: Api, method: str, job_id: str) -> Any:
+    """A stream that answers its first request, and then stays."""
+    known: dict[str, Any] = {"metadata": bearer(ADMIN), "timeout": 20}
+    match method:
+        case "WatchJob":
+            return api.training.WatchJob(pb.WatchJobRequest(job_id=job_id), **known)
+        case "PutFile":
+            content = pb.FileHeader(folder="d", name="a.parquet", size_bytes=1, sha256="0" * 64)
+            return api.training.PutFile(once(pb.PutFileRequest(file=content)), **known)
+        case "Report":
+            known["metadata"] = bearer(credential(job_id))
+            return rpc.RunServiceStub(api.channel).Report(once(hello(job_id)), **known)
+        case "Watch":
+            stub = health_pb2_grpc.HealthStub(api.channel)
+            return stub.Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    reflection = reflection_pb2_grpc.ServerReflectionStub(api.channel)
+    return reflection.ServerReflectionInfo(once(asked), timeout=20)
+
+
+STREAMS = {
+    "WatchJob": None,
+    "PutFile": None,
+    "Report": Other.ATTEMPT,
+    "Watch": Other.OPEN,
+    "ServerReflectionInfo": Other.OPEN,
+}
+
+
+@pytest.mark.parametrize(("method", "kind"), STREAMS.items())
 async def test_so_many_streams_are_open_at_once_and_one_that_ends_makes_room(
-    api: Api, monkeypatch: pytest.MonkeyPatch
+    api: Api, monkeypatch: pytest.MonkeyPatch, method: str, kind: Other | None
 ) -> None:
-    monkeypatch.setattr(servicer, "MAX_STREAMS", 2)
+    monkeypatch.setitem(interceptors.MAX_STREAMS, kind, 2)
     job_id = (await api.submit()).job.id
-
-    def watch() -> Any:
-        request = pb.WatchJobRequest(job_id=job_id)
-        return api.training.WatchJob(request, metadata=bearer(ADMIN), timeout=20)
-
-    first, second = watch(), watch()
+    first, second = opened(api, method, job_id), opened(api, method, job_id)
     for call in (first, second):
         await call.read()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await watch().read()
+        await opened(api, method, job_id).read()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert reason(caught.value) == "BUSY"
-    assert "2 watches and logs are open" in (caught.value.details() or "")
+    assert "2 streams of such callers are open" in (caught.value.details() or "")
+    others = [opened(api, each, job_id) for each in STREAMS if STREAMS[each] is not kind]
+    for call in others:
+        await call.read()  # they have their own room
     first.cancel()
     async with asyncio.timeout(20):
         while True:  # the server hears of the cancellation a moment later
             with contextlib.suppress(grpc.aio.AioRpcError):
-                await watch().read()
+                third = opened(api, method, job_id)
+                await third.read()
                 break
             await asyncio.sleep(0.01)
+    for call in (second, third, *others):
+        call.cancel()
 
 
 @pytest.mark.parametrize(
