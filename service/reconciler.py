@@ -26,7 +26,7 @@ from service.jobs import Desired, Job
 from service.metrics import Metrics
 from service.placement import Node, Placement
 from service.ray_cluster import HostStatus, RayCluster
-from service.scheduler import Move, decide, settle
+from service.scheduler import Move, decide, rank, settle
 from service.store import JobStore
 from trainer.contract.outcome import (
     FAILED_SAVE_S,
@@ -107,10 +107,7 @@ class Reconciler:
         while True:
             self._awake.clear()
             try:
-                await self.tick()
-            except ClusterAwayError as error:
-                self._metrics.cluster_up.set(0)
-                log.warning("%s", error)
+                await self._look()
             except Exception:
                 # The loop must outlive any single failure; the next tick starts from the facts.
                 log.exception("a reconciliation failed")
@@ -134,6 +131,17 @@ class Reconciler:
             SUSPEND_GRACE_S,
         )
 
+    async def _look(self) -> None:
+        """A tick; while Ray is away, what is queued says so."""
+        try:
+            await self.tick()
+        except ClusterAwayError as error:
+            self._metrics.cluster_up.set(0)
+            log.warning("%s", error)
+            queued = [] if self._suspending else _queued(await self._jobs.unfinished())
+            for place, job in enumerate(sorted(queued, key=rank), start=1):
+                await self._explain(job, f"place {place} in the queue: the cluster does not answer")
+
     async def tick(self) -> None:
         """One look at everything; ClusterAwayError where Ray doesn't answer."""
         jobs = await self._jobs.unfinished()
@@ -150,7 +158,7 @@ class Reconciler:
         for key in by_name.keys() - wanted:
             await self._cluster.kill_host(*key)
         # The most important first: where hosts are gone, places go by the order of the queue.
-        for job in sorted(jobs, key=lambda job: (-job.spec.priority, job.submission)):
+        for job in sorted(jobs, key=rank):
             if job.holds_resources:
                 await self._settle_active(job, by_name.get((job.id, job.host_number)))
         await self._schedule()
@@ -331,9 +339,7 @@ class Reconciler:
         if self._suspending or self.nodes is None:
             return
         jobs = await self._jobs.unfinished()
-        queued = [
-            job for job in jobs if job.state is JobState.QUEUED and job.desired is Desired.RUNNING
-        ]
+        queued = _queued(jobs)
         holding = [job for job in jobs if job.holds_resources]
         held = {job.id for job in holding}
         # What was told to stop does so even if the reason is gone by now: it has heard it.
@@ -344,11 +350,14 @@ class Reconciler:
             self._stopping |= {move.job.id: move for move in decision.stop}
             self.wake()  # they hear it at the next tick, which may as well be now
         for job in queued:
-            reason = decision.waiting.get(job.id)
-            if reason is not None and reason != job.reason:
-                await self._jobs.change(job, replace(job, reason=reason))
+            await self._explain(job, decision.waiting.get(job.id, job.reason))
         for move in decision.start:
             await self._start(move.job, move.reason)
+
+    async def _explain(self, job: Job, reason: str) -> None:
+        """Why a job waits; no event, for it changes with every place."""
+        if reason != job.reason:
+            await self._jobs.change(job, replace(job, reason=reason))
 
     async def _start(self, job: Job, reason: str) -> bool:
         """Number the next host first, then start it: a crash in between costs one number.
@@ -382,3 +391,8 @@ class Reconciler:
             self._heard.pop(job.id, None)
             self._metrics.forget_later(job.id)
         return True
+
+
+def _queued(jobs: Iterable[Job]) -> list[Job]:
+    """Those among them that wait for a place."""
+    return [j for j in jobs if j.state is JobState.QUEUED and j.desired is Desired.RUNNING]

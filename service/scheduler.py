@@ -109,7 +109,7 @@ def decide(
     this = _Round(holding, nodes, leaving or {}, now)
     for job in this.staying:
         this.leave_lost_nodes(job)
-    order = sorted(queued, key=_rank)
+    order = sorted(queued, key=rank)
     places = {job.id: place for place, job in enumerate(order, start=1)}
     for priority in sorted({job.spec.priority for job in (*queued, *holding)}, reverse=True):
         group = [job for job in order if job.spec.priority == priority]
@@ -117,7 +117,7 @@ def decide(
             this.admit(job, places[job.id])
         begun = [this.start[job.id].job for job in group if job.id in this.start]
         trains = [job for job in this.staying if job.spec.priority == priority]
-        for job in sorted(begun + trains, key=_rank):
+        for job in sorted(begun + trains, key=rank):
             this.grow(job)
     return Decision(tuple(this.start.values()), tuple(this.stop.values()), this.waiting)
 
@@ -151,7 +151,7 @@ def _gives(job: Job) -> bool:
     return job.spec.resources.workers.policy is Sizing.ELASTIC
 
 
-def _rank(job: Job) -> tuple[int, int]:
+def rank(job: Job) -> tuple[int, int]:
     """Before whom it comes: by priority, then submission."""
     return -job.spec.priority, job.submission
 
@@ -187,7 +187,7 @@ class _Round:
         self._nodes, self._now, self._empty = nodes, now, Room(nodes)
         self._room, self._soon = Room(nodes), Room(nodes)
         self.staying: list[Job] = []  # each with its place
-        for job in sorted(holding, key=_rank):
+        for job in sorted(holding, key=rank):
             held, worker = _held(job, self._room), worker_of(job.spec.resources)
             then = leaving.get(job.id, held)
             # What it leaves for is kept for it; what it has, it has until it is gone.
@@ -217,7 +217,7 @@ class _Round:
         if self._empty.slots(worker) < numbers[0]:
             # What can't run until the cluster grows back must not keep others from running.
             lacks = shortfall(job.spec.resources, numbers[0], self._nodes)
-            self.waiting[job.id] = "; ".join(lacks.values())
+            self.waiting[job.id] = f"{where}: {'; '.join(lacks.values())}"
         elif self._blocked is not None:
             self.waiting[job.id] = f"{where}, behind job {self._blocked.id}"
         elif placement := _largest(self._room, job, numbers[:1] if _gives(job) else numbers):

@@ -98,7 +98,8 @@ async def test_a_type_that_no_node_has_is_refused_or_waited_for(api: Api) -> Non
     await api.plane.tick()
     found = await look(api)
     (waits,) = found.waiting
-    assert waits.reason == "no node has GPUs of type H100: there are GeForce-RTX-4070"
+    lacks = "no node has GPUs of type H100: there are GeForce-RTX-4070"
+    assert waits.reason == f"place 1 in the queue: {lacks}"
     assert found.nodes[0].gpus_free == 1
 
 

@@ -46,7 +46,8 @@ def test_a_job_goes_where_its_type_is_however_it_is_spelled(spelled: str) -> Non
 def test_a_type_is_not_another_that_begins_like_it() -> None:
     started, waiting = placed(wants(1, "RTX 4070"), on=[node(1, "GeForce-RTX-4070-Ti")])
     assert not started
-    assert waiting["JOB1"] == ("no node has GPUs of type RTX 4070: there are GeForce-RTX-4070-Ti")
+    lacks = "no node has GPUs of type RTX 4070: there are GeForce-RTX-4070-Ti"
+    assert waiting["JOB1"] == f"place 1 in the queue: {lacks}"
 
 
 def test_who_wants_any_type_takes_any() -> None:

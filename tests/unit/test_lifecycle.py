@@ -205,7 +205,9 @@ async def test_a_job_that_waits_for_nodes_is_queued_with_what_is_missing(
     await plane.tick()
     waiting = await plane.job(job.id)
     assert waiting.state is JobState.QUEUED
-    assert waiting.reason == "with 1 worker it needs 64 CPU, the cluster has 4"
+    assert (
+        waiting.reason == "place 1 in the queue: with 1 worker it needs 64 CPU, the cluster has 4"
+    )
     plane.cluster.machines = [machine(1, cpus=64)]
     await plane.tick()
     assert (await plane.job(job.id)).state is JobState.STARTING

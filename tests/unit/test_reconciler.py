@@ -602,6 +602,46 @@ async def test_a_restarted_service_leaves_a_running_job_alone(tmp_path: Path) ->
         assert not cluster.stopped
 
 
+async def test_what_is_queued_says_its_place_and_that_the_cluster_does_not_answer(
+    plane: ControlPlane,
+) -> None:
+    await running(plane)
+    for job in (new_job(2), new_job(3, spec={"priority": 1}), new_job(4)):
+        await plane.add(job)
+    await plane.want("JOB4", Desired.PAUSED)
+    told = {f"JOB{number}": await plane.messages(f"JOB{number}") for number in (1, 2, 3)}
+    plane.cluster.away = True
+    loop = asyncio.create_task(plane.reconciler.run())
+    try:
+        async with asyncio.timeout(20):
+            while (await plane.job("JOB2")).reason == "waits to be scheduled":
+                await asyncio.sleep(0.01)
+    finally:
+        loop.cancel()
+    away = "in the queue: the cluster does not answer"
+    assert (await plane.job("JOB3")).reason == f"place 1 {away}"
+    assert (await plane.job("JOB2")).reason == f"place 2 {away}"
+    assert (await plane.job("JOB4")).reason == "paused while it waited"
+    assert (await plane.job("JOB1")).reason == "trains"
+    assert told == {job_id: await plane.messages(job_id) for job_id in told}, "no events"
+    plane.cluster.away = False
+    await plane.tick(2)
+    assert {(await plane.job(each)).state for each in ("JOB2", "JOB3")} == {
+        JobState.QUEUED,
+        JobState.STARTING,
+    }
+
+
+async def test_a_job_set_aside_for_the_clusters_restart_keeps_its_reason(
+    plane: ControlPlane,
+) -> None:
+    await plane.add(new_job(1))
+    plane.reconciler._suspending = True
+    plane.cluster.away = True
+    await plane.reconciler._look()
+    assert (await plane.job("JOB1")).reason == "waits to be scheduled"
+
+
 async def test_the_loop_outlives_its_failures(plane: ControlPlane) -> None:
     away = plane.cluster.script("nodes", ClusterAwayError("scripted"))
     bug = plane.cluster.script("hosts", RuntimeError("scripted"))

@@ -134,7 +134,7 @@ async def test_a_job_whose_places_vanish_while_it_stops_takes_fewer_or_is_queued
     await plane.tick()
     job = await plane.job("JOB1")
     assert (job.state, job.placement) == (JobState.QUEUED, ())
-    assert job.reason == "with 1 worker it needs 2 CPU, the cluster has 1"
+    assert job.reason == "place 1 in the queue: with 1 worker it needs 2 CPU, the cluster has 1"
     assert any("there is no place for it now" in text for text in await plane.messages("JOB1"))
     assert series(plane, job) == 0
 
@@ -248,7 +248,7 @@ async def test_after_a_lost_node_a_fixed_job_waits_for_its_place_back(plane: Con
     await plane.tick(2)
     job = await plane.job("JOB1")
     assert (job.state, job.workers, job.placement) == (JobState.QUEUED, 2, ())
-    assert job.reason == "with 2 workers it needs 4 CPU, the cluster has 2"
+    assert job.reason == "place 1 in the queue: with 2 workers it needs 4 CPU, the cluster has 2"
     plane.cluster.machines.append(machine(3, cpus=2))
     await plane.tick()
     assert set((await plane.job("JOB1")).placement) == {"node1", "node3"}

@@ -172,7 +172,8 @@ def test_a_fixed_job_keeps_the_number_that_it_began_with() -> None:
     assert decide([], [trains(job, *ON[:2])], FOUR).stop == ()
     waits = decide([replace(job, workers=2), elastic(2, 1, 1)], [], cluster(1, 4))
     assert numbers(waits.start) == {"JOB2": 1}, "it waits for its place out of others' way"
-    assert waits.waiting["JOB1"] == "with 2 workers it needs 2 GPU, the cluster has 1"
+    lacks = "with 2 workers it needs 2 GPU, the cluster has 1"
+    assert waits.waiting["JOB1"] == f"place 1 in the queue: {lacks}"
 
 
 @pytest.mark.parametrize("policy", ["grow", "elastic"])
