@@ -21,11 +21,32 @@ import psutil
 
 from everstep import Client
 from everstep.v1 import everstep_pb2 as pb
+from service.ray_cluster import NAMESPACE
+from service.standalone import RAY_IP
 
 T = TypeVar("T")
 READY_S = 180.0
 STOP_S = 180.0
 WAIT_S = 300.0  # a loaded machine; usually a tenth of it
+EMPTY_S = 60.0
+
+# What an attempt consists of, by Ray's titles.
+ROLES = ("ray::AttemptHost", "ray::TrainController", "ray::RayTrainWorker")
+# Asked of Ray itself: what the service shows as free comes of its own database.
+ASK_RAY = """
+import json, sys, ray
+from ray.util import list_named_actors, placement_group_table
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+groups = placement_group_table().values()
+left = [f"group {each['placement_group_id']} is {each['state']}" for each in groups
+        if each["state"] != "REMOVED"]
+actors = list_named_actors(all_namespaces=True)
+left += [f"actor {each['name']}" for each in actors if each["namespace"] == sys.argv[2]]
+has, free = ray.cluster_resources(), ray.available_resources()
+left += [f"{key}: {free.get(key, 0)} of {has[key]} free" for key in ("CPU", "GPU")
+         if free.get(key, 0) != has.get(key, 0)]
+print("LEFT", json.dumps(left))
+"""
 
 # A model small enough that a job takes seconds, on the text that ships with the tests.
 CORPUS = Path(__file__).parent / "data" / "corpus"
@@ -138,6 +159,24 @@ class Stack:
         assert len(found) == 1, f"{len(found)} processes are {title}"
         return found[0]
 
+    def ray_leftovers(self) -> list[str]:
+        """What jobs hold in Ray: processes, and by its own word actors, groups and resources.
+
+        Waits for Ray where it is away; subprocess.TimeoutExpired after a minute.
+        """
+        left = [title for title in self.titles() if title.startswith(ROLES)]
+        token = str(self.state / "parts" / "ray.token")
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_RAY, f"{RAY_IP}:{self.wiring['ray_gcs_port']}", NAMESPACE],
+            env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return left + list(json.loads(done.stdout.rpartition("LEFT ")[2]))
+
     def worker(self) -> psutil.Process:
         """The training process of the one running job."""
         return self.ray_process("ray::RayTrainWorker")
@@ -176,6 +215,14 @@ def wait_until(condition: Callable[[], T | None], timeout_s: float, what: str) -
             return found
         time.sleep(0.05)
     raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}")
+
+
+def wait_for_an_empty_ray(stack: Stack) -> None:
+    """Wait until nothing of any job is left in Ray."""
+    deadline = time.monotonic() + EMPTY_S
+    while left := stack.ray_leftovers():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def wait_for_checkpoint(client: Client, job_id: str, step: int) -> pb.Job:
