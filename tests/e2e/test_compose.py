@@ -62,7 +62,7 @@ def job_id(box: Box) -> str:
 def test_readmes_first_job_trains(box: Box) -> None:
     with box.client() as client:
         (first,) = client.list()
-        assert first.name == "first-light"
+        assert first.spec.name == "first-light"
         wait_until(lambda: client.get(first.id).step > 0, "its first step")
         client.cancel(first.id)
 
