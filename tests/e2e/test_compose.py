@@ -186,7 +186,7 @@ def test_job_goes_on_after_a_reboot_and_over_tls(box: Box, client: Client, job_i
     # Docker tells all containers at once, each with its own grace, when the box goes down.
     box.run("docker", "stop", *box.compose("ps", "--quiet").split())
     box.environment["EVERSTEP_TLS"] = "yes"
-    box.up()
+    box.run("make", "up")
     assert client_certificate(box).exists()
     goes_on(box, job_id, before)
     with box.client() as trusting:
