@@ -75,7 +75,7 @@ class Bench:
         generator = torch.Generator().manual_seed(self.step)
         for _ in range(TOKENS // (4 * T)):
             ids_BT = torch.randint(0, VOCAB, (4, T + 1), generator=generator)
-            self.model(ids_BT[:, :-1], ids_BT[:, 1:]).backward()
+            self.model.learn(ids_BT[:, :-1], ids_BT[:, 1:])
         self.optimizer.apply(self.schedule.at(self.step))
         self.optimizer.step()
         self.optimizer.zero_grad()

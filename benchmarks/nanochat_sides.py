@@ -283,10 +283,10 @@ def our_side(case: Case, pipe: Connection) -> None:
     passes = [0.0]
     reporter = RecordingReporter()
 
-    def forward(x_BT: Any, y_BT: Any) -> Any:
+    def learn(x_BT: Any, y_BT: Any, share: float) -> Any:
         if not passes[0]:
             passes[0] = time.perf_counter()
-        return model(x_BT, y_BT)
+        return model.learn(x_BT, y_BT, share)
 
     def held() -> int:
         parameters = list(model.parameters())
@@ -342,7 +342,7 @@ def our_side(case: Case, pipe: Connection) -> None:
         world=World(),
         device=runtime.device,
         model=model,
-        forward=forward,
+        learn=learn,
         optimizer=optimizer,
         schedule=Schedule(spec.schedule, groups),
         batches=Turns(),

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from trainer.contract.scaling import param_groups
 from trainer.contract.schedule import Schedule
@@ -138,8 +137,7 @@ def work(
         marks = [time.perf_counter()]
         for _ in range(micro_steps):
             ids_BT = torch.randint(0, VOCAB_SIZE, batch, generator=generator)
-            loss: Tensor = model(ids_BT[:, :-1], ids_BT[:, 1:]) / (micro_steps * size)
-            loss.backward()  # type: ignore[no-untyped-call] # torch's own annotation is missing
+            model.learn(ids_BT[:, :-1], ids_BT[:, 1:], 1.0 / (micro_steps * size))
         marks.append(time.perf_counter())
         gradients = optimizer.owned(lambda parameter: parameter.grad)
         if name == SHARED:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from trainer.arithmetic import operand
 from trainer.contract.scaling import param_groups
@@ -94,8 +93,7 @@ def stepper(
         began = time.perf_counter()
         for _ in range(micro_steps):
             ids_BT = torch.randint(0, shape.vocab_size, batch, generator=generator)
-            loss: Tensor = model(ids_BT[:, :-1], ids_BT[:, 1:]) / micro_steps
-            loss.backward()  # type: ignore[no-untyped-call] # torch's own annotation is missing
+            model.learn(ids_BT[:, :-1], ids_BT[:, 1:], 1.0 / micro_steps)
         passed = time.perf_counter()
         clip_grad_norm(model.parameters())
         optimizer.apply(schedule.at(0))

@@ -189,7 +189,7 @@ def _run(
         world=world,
         device=runtime.device,
         model=model,
-        forward=model,
+        learn=model.learn,
         optimizer=optimizer,
         schedule=blueprint.schedule(),
         batches=batches,

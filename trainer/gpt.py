@@ -25,7 +25,7 @@ from trainer.contract.contradictions import SMEAR_GATE_CHANNELS
 from trainer.contract.shape import ModelShape
 from trainer.loss import (
     Kernels,
-    mean_loss,
+    learn,
     soft_capped_logits,
     token_losses,
 )
@@ -141,12 +141,21 @@ class GPT(nn.Module):
         self._trunk = torch.compile(self._final, fullgraph=True, dynamic=False)
         self._kernels = self._kernels.compiled()
 
-    def forward(self, idx_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean nats over the targets that are not -1, an fp32 scalar. T is at most sequence_len."""
-        x_BTC = self._trunk(*self._looked_up(idx_BT))
-        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
-        head_PC, vocab_size = self.lm_head.weight, self.shape.vocab_size
-        return mean_loss(x_NC, head_PC, targets_N, vocab_size, kernels=self._kernels)
+    def learn(self, idx_BT: Tensor, targets_BT: Tensor, share: float = 1.0) -> Tensor:
+        """Mean nats over the targets that are not -1, an fp32 scalar without gradient; share times
+        its gradient is added to every parameter's. T is at most sequence_len.
+        """
+        x_NC = self._trunk(*self._looked_up(idx_BT)).flatten(0, 1)
+        loss, grad_NC = learn(
+            x_NC,
+            self.lm_head.weight,
+            targets_BT.flatten(),
+            self.shape.vocab_size,
+            share,
+            kernels=self._kernels,
+        )
+        torch.autograd.backward(x_NC, grad_NC)
+        return loss
 
     def logits(self, idx_BT: Tensor) -> Tensor:
         """Soft-capped logits, fp32 [B, T, V]."""

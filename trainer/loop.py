@@ -50,13 +50,17 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a loop works with. forward: the model's mean loss of inputs and targets."""
+    """All that a loop works with.
+
+    learn: of inputs and targets, adds to the gradients of their mean loss a share of it, the last
+    argument; returns the loss.
+    """
 
     spec: JobSpec
     world: World
     device: torch.device
     model: nn.Module
-    forward: Callable[[Tensor, Tensor], Tensor]
+    learn: Callable[[Tensor, Tensor, float], Tensor]
     optimizer: Optimizer
     schedule: Schedule
     batches: Batches
@@ -131,9 +135,7 @@ class Loop:
         for x, y in batch.micro:
             x_BT = torch.from_numpy(x).to(parts.device, torch.int64, non_blocking=True)
             y_BT = torch.from_numpy(y).to(parts.device, non_blocking=True)
-            loss = parts.forward(x_BT, y_BT) * share
-            loss.backward()  # type: ignore[no-untyped-call] # torch's own annotation is missing
-            loss_sum += loss.detach()
+            loss_sum += parts.learn(x_BT, y_BT, share) * share
         gradient_norm, mean_loss, word, *busy_s = self._reduce(loss_sum)
         self._told = Directive(int(word))
         if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):

@@ -13,10 +13,11 @@ a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.arithmetic import linear, operand
 from trainer.contract.memory import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
@@ -53,26 +54,44 @@ def token_losses(x_NC: Tensor, weight_PC: Tensor, targets_N: Tensor, vocab_size:
     return torch.cat(losses)
 
 
-def mean_loss(
+@torch.no_grad()
+def learn(
     x_NC: Tensor,
-    weight_PC: Tensor,
+    weight_PC: nn.Parameter,
     targets_N: Tensor,
     vocab_size: int,
+    share: float = 1.0,
     chunk_bytes: int | None = None,
     kernels: Kernels | None = None,
-) -> Tensor:
-    """Mean nats over the targets that count, an fp32 scalar; 0 when none does.
+) -> tuple[Tensor, Tensor]:
+    """Mean nats over the targets that count (fp32 scalar, 0 when none does), and share times its
+    gradient in x, of x's dtype; share times its gradient in the weight is added to weight_PC.grad.
 
-    Differentiable in x and weight, once. The gradients are computed along with the value, so call
-    it under torch.no_grad (or use token_losses) where only the value is wanted.
+    Not for use in compiled code, which would make a second gradient of the weight.
     """
-    if not torch.is_grad_enabled():
-        total = token_losses(x_NC, weight_PC, targets_N, vocab_size).sum()
-        return total / _count(targets_N)
-    chunk_bytes = chunk_bytes or _chunk_bytes(x_NC.device)
-    asked = (vocab_size, chunk_bytes, kernels or Kernels())
-    loss: Tensor = _ChunkedLoss.apply(x_NC, weight_PC, targets_N, *asked)  # type: ignore[no-untyped-call]
-    return loss
+    kernels, dtype = kernels or Kernels(), x_NC.dtype
+    weigh = share / _count(targets_N).float()
+    rows = chunk_rows(x_NC.size(0), weight_PC.size(0), chunk_bytes or _chunk_bytes(x_NC.device))
+    if weight_PC.grad is None:
+        weight_PC.grad = torch.zeros_like(weight_PC)
+    cast_PC = operand(weight_PC.to(dtype))
+    room = _Room(rows, weight_PC, dtype)
+    total = torch.zeros((), device=x_NC.device)
+    grad_NC = torch.empty_like(x_NC)
+    chunks = _chunks(x_NC, targets_N, rows)
+    for (x_RC, targets_R), grad_RC in zip(chunks, torch.split(grad_NC, rows), strict=True):
+        wide_RC = operand(x_RC)
+        logits_RP = room.logits(wide_RC, cast_PC)
+        nats, sum_R1 = kernels.nats(logits_RP, targets_R, vocab_size)
+        kernels.slope(logits_RP, sum_R1, targets_R, weigh, vocab_size)
+        total += nats
+        wide_RP = operand(logits_RP)
+        grad_RC.copy_(wide_RP @ cast_PC)
+        if wide_RP.dtype is weight_PC.dtype:
+            weight_PC.grad.addmm_(wide_RP.mT, wide_RC)
+        else:
+            kernels.add(weight_PC.grad, room.product(wide_RP, wide_RC))
+    return total / _count(targets_N), grad_NC
 
 
 def _chunks(x_NC: Tensor, targets_N: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,57 +114,30 @@ def _nats(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     return torch.where(targets_R >= 0, nats_R, 0.0)
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """The value, and the gradients that were worked out along with it.
+class _Room:
+    """What every chunk's products are written to: made anew, pages of that size cost as much."""
 
-    Not for use in compiled code, which would keep lm_head's gradient and a scaled copy: here it is
-    added up and scaled where it lies, and becomes the weight's grad or is added to it.
-    """
+    def __init__(self, rows: int, weight_PC: Tensor, dtype: torch.dtype) -> None:
+        self._logits_RP = weight_PC.new_empty(rows, weight_PC.size(0), dtype=dtype)
+        self._product_PC: Tensor | None = None
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_NC: Tensor,
-        weight_PC: Tensor,
-        targets_N: Tensor,
-        vocab_size: int,
-        chunk_bytes: int,
-        kernels: Kernels,
-    ) -> Tensor:
-        dtype, cast_PC = x_NC.dtype, operand(weight_PC.to(x_NC.dtype))
-        weigh = 1.0 / _count(targets_N).float()
-        rows = chunk_rows(x_NC.size(0), weight_PC.size(0), chunk_bytes)
-        total = torch.zeros((), device=x_NC.device)
-        grad_NC, grad_PC = torch.empty_like(x_NC), torch.zeros_like(weight_PC)
-        grads_RC = torch.split(grad_NC, rows)
-        chunks = _chunks(x_NC, targets_N, rows)
-        for (x_RC, targets_R), grad_RC in zip(chunks, grads_RC, strict=True):
-            wide_RC = operand(x_RC)
-            logits_RP = (wide_RC @ cast_PC.mT).to(dtype)
-            nats, sum_R1 = kernels.nats(logits_RP, targets_R, vocab_size)
-            kernels.slope(logits_RP, sum_R1, targets_R, weigh, vocab_size)
-            total += nats
-            wide_RP = operand(logits_RP)
-            grad_RC.copy_(wide_RP @ cast_PC)
-            if wide_RP.dtype is grad_PC.dtype:
-                grad_PC.addmm_(wide_RP.mT, wide_RC)
-            else:
-                grad_PC.add_(wide_RP.mT @ wide_RC)
-            del logits_RP, wide_RP  # before the next chunk's are there
-        ctx.grad_NC, ctx.grad_PC = grad_NC, grad_PC
-        return total * weigh
+    def logits(self, x_RC: Tensor, weight_PC: Tensor) -> Tensor:
+        """A chunk's logits, good until the next call."""
+        logits_RP = self._logits_RP[: x_RC.size(0)]
+        if x_RC.dtype is logits_RP.dtype:
+            return torch.mm(x_RC, weight_PC.mT, out=logits_RP)
+        return logits_RP.copy_(x_RC @ weight_PC.mT)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = grad_outputs
-        grad_NC, grad_PC = ctx.grad_NC, ctx.grad_PC
-        ctx.grad_NC = ctx.grad_PC = None  # nobody else holds them: autograd need not copy
-        return grad_NC.mul_(scale.to(grad_NC.dtype)), grad_PC.mul_(scale), None, None, None, None
+    def product(self, slope_RP: Tensor, x_RC: Tensor) -> Tensor:
+        """A chunk's gradient of the weight in its factors' dtype, good until the next call."""
+        if self._product_PC is None:
+            self._product_PC = x_RC.new_empty(slope_RP.size(1), x_RC.size(1))
+        return torch.mm(slope_RP.mT, x_RC, out=self._product_PC)
 
 
 def chunk_nats(logits_RP: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """The sum of a chunk's nats, and the softmax's denominators [R, 1]."""
-    exp_RP = soft_cap(logits_RP.float()).exp()
+    exp_RP = (SOFT_CAP - SOFT_CAP * _short_of_one(logits_RP)).exp()
     sum_R1 = _without_padding(exp_RP, vocab_size).sum(-1, keepdim=True)
     hit_R1 = soft_cap(logits_RP.gather(-1, targets_R.clamp(min=0).long()[:, None]).float())
     return torch.where((targets_R >= 0)[:, None], sum_R1.log() - hit_R1, 0.0).sum(), sum_R1
@@ -158,12 +150,21 @@ def slope_in_place(
 
     With z = 15 tanh(l / 15) and p = softmax(z): d loss / d l = (p - onehot) (1 - tanh^2) weigh.
     """
-    tanh_RP = torch.tanh(logits_RP.float() / SOFT_CAP)
+    short_RP = _short_of_one(logits_RP)
     column_P = torch.arange(logits_RP.size(1), device=logits_RP.device)
     onehot_RP = (column_P == targets_R.long()[:, None]).float()
-    slope_RP = ((SOFT_CAP * tanh_RP).exp() / sum_R1 - onehot_RP) * (1.0 - tanh_RP * tanh_RP)
+    exp_RP = (SOFT_CAP - SOFT_CAP * short_RP).exp()
+    slope_RP = (exp_RP / sum_R1 - onehot_RP) * (short_RP * (2.0 - short_RP))
     slope_RP = slope_RP * torch.where((targets_R >= 0)[:, None], weigh, 0.0)
     logits_RP.copy_(_without_padding(slope_RP, vocab_size))
+
+
+def _short_of_one(logits_RP: Tensor) -> Tensor:
+    """1 - tanh(l / 15) = 2 / (exp(2 l / 15) + 1) in fp32, in half of tanh's time (docs/log.md).
+
+    Off by 6e-8 at most; where exp overflows it is 0, as it should be.
+    """
+    return 2.0 / ((logits_RP.float() * (2.0 / SOFT_CAP)).exp() + 1.0)
 
 
 def _without_padding(values_RP: Tensor, vocab_size: int) -> Tensor:
@@ -174,13 +175,19 @@ def _without_padding(values_RP: Tensor, vocab_size: int) -> Tensor:
     return torch.where(column_P < vocab_size, values_RP, 0.0)
 
 
+def add_in_place(sum_PC: Tensor, addend_PC: Tensor) -> None:
+    """Add to an fp32 sum what has another dtype; compiled, without an fp32 copy of it."""
+    sum_PC.add_(addend_PC)
+
+
 class Kernels(NamedTuple):
-    """What a chunk runs between its products; two, so that neither compiled one needs a copy."""
+    """What a chunk runs between its products; each alone, so that no compiled one needs a copy."""
 
     nats: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = chunk_nats
     slope: Callable[[Tensor, Tensor, Tensor, Tensor, int], None] = slope_in_place
+    add: Callable[[Tensor, Tensor], None] = add_in_place
 
     def compiled(self) -> Kernels:
         """The same through torch.compile."""
-        nats = torch.compile(self.nats, fullgraph=True, dynamic=False)
-        return Kernels(nats, torch.compile(self.slope, fullgraph=True, dynamic=False))
+        through = partial(torch.compile, fullgraph=True, dynamic=False)
+        return Kernels(through(self.nats), through(self.slope), through(self.add))

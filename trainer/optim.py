@@ -158,10 +158,11 @@ class Optimizer:
         return [(tensor, rank) for tensor, rank in each if tensor is not None]
 
     def zero_grad(self) -> None:
-        """Drop all gradients, so that the next backward pass writes instead of adding."""
+        """Make all gradients zeros where they lie: a fresh one costs a page fault every 4 KB."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What this rank holds, as whole tensors `<parameter>.<key>`: views, so copy before a step.

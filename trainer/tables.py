@@ -45,11 +45,22 @@ class _Rows(torch.autograd.Function):
         table_PC = ctx.table
         if table_PC.grad is None:
             table_PC.grad = torch.zeros_like(table_PC)
-        if table_PC.dtype is torch.float32:
-            table_PC.grad.index_add_(0, idx_BT.flatten(), grad_BTC.flatten(0, 1))
-        else:  # one row after another would be lost to rounding: the micro-step's sum first
-            sum_PC = torch.ops.aten.embedding_dense_backward(
-                grad_BTC.float(), idx_BT, table_PC.size(0), -1, False
-            )
-            table_PC.grad.add_(sum_PC)
+        ids_N, grad_NC = idx_BT.flatten(), grad_BTC.flatten(0, 1)
+        if table_PC.dtype is not torch.float32:  # one after another would be lost to rounding
+            ids_N, grad_NC = _summed(ids_N, grad_NC, table_PC.dtype)
+        table_PC.grad.index_add_(0, ids_N, grad_NC)
         return None, None
+
+
+def _summed(ids_N: Tensor, grad_NC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each id once with the fp32 sum of its rows, rounded to dtype; filled up with zeros for id 0.
+
+    So the shape depends on no data, and nothing waits for a device.
+    """
+    sorted_N, order_N = ids_N.sort(stable=True)
+    place_N = (sorted_N.diff(prepend=sorted_N[:1]) != 0).cumsum(0)
+    sum_NC = torch.zeros_like(grad_NC, dtype=torch.float32)
+    sum_NC.index_add_(0, place_N, grad_NC.float()[order_N])
+    once_N = torch.zeros_like(ids_N)
+    once_N[place_N] = sorted_N
+    return once_N, sum_NC.to(dtype)

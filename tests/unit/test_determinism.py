@@ -64,9 +64,7 @@ def train(
     for step in range(STEPS):
         for _ in range(2):
             ids_BT = torch.randint(0, USED, (4, 257), generator=generator)
-            loss = model(ids_BT[:, :-1], ids_BT[:, 1:])
-            (loss / 2).backward()
-            losses.append(loss.item())
+            losses.append(model.learn(ids_BT[:, :-1], ids_BT[:, 1:], 0.5).item())
         clip_grad_norm(model.parameters(), 1.0)
         optimizer.apply(schedule.at(step))
         optimizer.step()

@@ -80,7 +80,7 @@ def test_loss_and_token_losses_agree_with_the_logits() -> None:
         model.logits(idx_BT).flatten(0, 1), targets_BT.flatten(), ignore_index=-1
     )
     losses_BT = model.token_losses(idx_BT, targets_BT)
-    assert model(idx_BT, targets_BT).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.learn(idx_BT, targets_BT).item() == pytest.approx(expected.item(), rel=1e-6)
     assert losses_BT.sum().item() / (targets_BT >= 0).sum().item() == pytest.approx(
         expected.item(), rel=1e-6
     )

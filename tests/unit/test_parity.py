@@ -58,9 +58,7 @@ def batches(step: int) -> Iterator[tuple[Tensor, Tensor]]:
 def backward(model: GPT, step: int) -> list[float]:
     losses = []
     for x_BT, y_BT in batches(step):
-        loss = model(x_BT, y_BT)
-        (loss / 4).backward()
-        losses.append(loss.item())
+        losses.append(model.learn(x_BT, y_BT, 0.25).item())
     return losses
 
 

@@ -44,9 +44,7 @@ def train(
         share = len(micro) // world.size
         total = torch.zeros(())
         for x_BT, y_BT in micro[world.rank * share : (world.rank + 1) * share]:
-            loss = model(x_BT, y_BT) / len(micro)
-            loss.backward()
-            total += loss.detach()
+            total += model.learn(x_BT, y_BT, 1.0 / len(micro)) / len(micro)
         world.sum_at_owner_(optimizer.owned(lambda parameter: parameter.grad))
         world.sum_([total])
         norms.append(clip_grad_norm(optimizer.own_parameters, world=world).item())
