@@ -7,6 +7,7 @@ job_name (`job` is Prometheus's own), and are dropped some minutes after the job
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from everstep.v1 import everstep_pb2 as pb
 from service.jobs import Job, JobView
+from trainer.contract.outcome import Outcome
 from trainer.contract.states import JobState
 
 JOB = ("job_id", "job_name")
@@ -187,6 +189,11 @@ class Metrics:
                 self.checkpoint_committed.labels(**labels).set(at)
                 self.checkpoint_bytes.labels(**labels).set(event.checkpoint_bytes)
                 self.checkpoint_seconds.labels(**labels).set(event.checkpoint_s)
+
+    def observe_end(self, job: Job, outcome: str) -> None:
+        """An attempt ended. A step that is not finite is no point: this alone tells of it."""
+        if outcome == Outcome.NOT_FINITE:
+            self.train_loss.labels(job_id=job.id, job_name=job.spec.name).set(math.nan)
 
     def restore(self, view: JobView) -> None:
         """What a service that has just started knows of a job: alerts must not wait for news."""

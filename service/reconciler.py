@@ -286,6 +286,7 @@ class Reconciler:
             news = await self._jobs.end_attempt(
                 job.id, result.attempt, result.outcome, result.message, now, record
             )
+            self._metrics.observe_end(job, result.outcome)
         return news
 
     async def _press_stop(self, job: Job) -> None:

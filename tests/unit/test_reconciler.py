@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import AsyncIterator
@@ -142,6 +143,9 @@ async def test_an_outcome_that_would_come_again_fails_the_job_by_name(plane: Con
     job = await plane.job("JOB1")
     assert (job.state, job.reason) == (JobState.FAILED, "NOT_FINITE: step 4: loss nan")
     assert plane.cluster.killed == [FIRST]
+    (loss,) = plane.metrics.train_loss.collect()[0].samples  # for the alert: no point tells of it
+    assert math.isnan(loss.value)
+    assert loss.labels["job_id"] == "JOB1"
 
 
 async def test_a_spent_restart_budget_fails_the_job_and_says_so(plane: ControlPlane) -> None:
