@@ -32,7 +32,15 @@ from service.ray_cluster import RayCluster
 from service.settings import Settings
 from service.standalone import BUCKET, Standalone
 from service.tls import certificate
-from trainer.storage.object_store import ObjectStore, StoreError, open_store, probe
+from trainer.storage.object_store import (
+    NotFoundError,
+    ObjectStore,
+    StoreError,
+    StoreRefusedError,
+    StoreUnsuitableError,
+    open_store,
+    probe,
+)
 
 LEAST_DISK_BYTES, GOOD_DISK_BYTES = 5 << 30, 20 << 30  # a d12 checkpoint is 2 GB, and three stay
 D12_BYTES = 9448 << 20  # measured peak at device_batch_size 8: reference card of the docs
@@ -248,18 +256,18 @@ def store(settings: Settings) -> Iterator[Finding]:
     try:
         opened = open_store(uri)
         probe(opened)
-        parts_work = writes_in_parts(opened)
+        write_in_parts(opened)
         key = f"everstep-clock-{secrets.token_hex(8)}"
         opened.put(key, b"clock")
         now, info = time.time(), opened.head(key)
         opened.delete(key)
+    except StoreUnsuitableError as error:
+        advice = "use another store; or, where it was refused, let its keys do what it names"
+        yield Finding("store", State.FAILED, str(error), advice)
+        return
     except StoreError as error:
         advice = "mend what it names; keys and endpoint are the standard AWS_* variables"
         yield Finding("store", State.FAILED, str(error), advice)
-        return
-    if not parts_work:
-        advice = "use another store: large files don't come back as they were written"
-        yield Finding("store", State.FAILED, f"{uri}: multipart write", advice)
         return
     abilities = "write, multipart write, ranged read, conditional write, listing, deletion"
     yield Finding("store", State.OK, f"{uri}: {abilities}")
@@ -267,8 +275,8 @@ def store(settings: Settings) -> Iterator[Finding]:
     yield clock(now - info.modified.timestamp())
 
 
-def writes_in_parts(opened: ObjectStore) -> bool:
-    """Whether a file large enough to go in parallel parts comes back as it was."""
+def write_in_parts(opened: ObjectStore) -> None:
+    """StoreUnsuitableError unless a file so large that it goes in parts comes back as it was."""
     content = os.urandom(1 << 20) * LARGE_MIB
     key = f"everstep-parts-{secrets.token_hex(8)}"
     with tempfile.NamedTemporaryFile(prefix="everstep-doctor-") as file:
@@ -276,7 +284,12 @@ def writes_in_parts(opened: ObjectStore) -> bool:
         file.flush()
         try:
             opened.put_file(key, Path(file.name))
-            return b"".join(opened.stream(key)) == content
+            if b"".join(opened.stream(key)) != content:
+                raise StoreUnsuitableError(f"{opened.uri}: a multipart write does not last")
+        except (NotFoundError, StoreRefusedError) as error:
+            raise StoreUnsuitableError(
+                f"{opened.uri}: a multipart write failed: {error}"
+            ) from error
         finally:
             opened.delete(key)
 

@@ -13,6 +13,12 @@ import pytest
 
 from tests.contract.conftest import SUITABLE
 from tests.fakes.memory_store import MemoryObjectStore
+from tests.fakes.unsuitable_stores import (
+    ForgetfulStore,
+    RangelessStore,
+    StaleListStore,
+    UnconditionalStore,
+)
 from tests.servers import S3Server, free_ports
 from trainer.storage.object_store import (
     AlreadyExistsError,
@@ -172,28 +178,19 @@ def test_the_probe_refuses_a_server_without_conditional_puts(any_store: ObjectSt
     assert keys(any_store, "") == []
 
 
-class ForgetfulStore(MemoryObjectStore):
-    """Ignores the condition of a put, as some S3 servers do."""
-
-    def put(self, key: str, data: bytes, if_none_match: bool = False) -> None:
-        super().put(key, data)
-
-
-class RangelessStore(MemoryObjectStore):
-    """Answers every ranged read with everything."""
-
-    def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
-        return super().get(key)
-
-
 @pytest.mark.parametrize(
     ("unsuitable", "lacking"),
-    [(ForgetfulStore(), "conditional write"), (RangelessStore(), "ranged read")],
+    [
+        (ForgetfulStore(), "conditional write"),
+        (RangelessStore(), "ranged read"),
+        (UnconditionalStore(), "conditional write .* failed: NotImplemented"),
+        (StaleListStore(), "a listing right after the write"),
+    ],
 )
-def test_the_probe_names_what_a_store_lacks(unsuitable: ObjectStore, lacking: str) -> None:
+def test_the_probe_names_what_a_store_lacks(unsuitable: MemoryObjectStore, lacking: str) -> None:
     with pytest.raises(StoreUnsuitableError, match=lacking):
         probe(unsuitable)
-    assert keys(unsuitable, "") == []
+    assert unsuitable.snapshot() == {}
 
 
 @pytest.mark.parametrize("uri", ["file:relative", "http://x/y", "s3://", "builtin:x", "", "/a"])

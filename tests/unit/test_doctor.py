@@ -16,6 +16,17 @@ import pytest
 from service import doctor
 from service.doctor import Finding, State, clock, driver_fits, free_memory
 from service.settings import Settings
+from tests.fakes.memory_store import MemoryObjectStore
+from tests.fakes.unsuitable_stores import (
+    ForgetfulStore,
+    KeepingStore,
+    PartlessStore,
+    RangelessStore,
+    StaleListStore,
+    TornStore,
+    UnconditionalStore,
+    UndeletingStore,
+)
 
 GIB = 1 << 30
 
@@ -171,3 +182,29 @@ def test_each_gpu_is_told_with_what_it_has_free(monkeypatch: pytest.MonkeyPatch)
         ("gpu 1", State.WARNING),
     ]
     assert found[2].found == "RTX 3060: 2.0 GiB free of 12.0 GiB"
+
+
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [
+        (ForgetfulStore(), "a conditional write (PUT if-none-match) does not work"),
+        (UnconditionalStore(), "a conditional write (PUT if-none-match) failed: NotImplemented"),
+        (RangelessStore(), "a ranged read does not work"),
+        (StaleListStore(), "a listing right after the write does not work"),
+        (UndeletingStore(), "a deletion failed: AccessDenied"),
+        (KeepingStore(), "a deletion does not work"),
+        (PartlessStore(), "a multipart write failed: NotImplemented"),
+        (TornStore(), "a multipart write does not last"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, MemoryObjectStore) else "",
+)
+def test_a_store_that_lacks_something_is_refused_by_its_name(
+    store: MemoryObjectStore, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "open_store", lambda _uri: store)
+    found = list(doctor.store(Settings(state=tmp_path, storage="s3://bucket")))
+    assert [(each.check, each.state) for each in found] == [("store", State.FAILED)]
+    assert words in found[0].found
+    assert "let its keys do what it names" in found[0].advice
+    if not isinstance(store, UndeletingStore | KeepingStore):
+        assert store.snapshot() == {}, "the probe leaves nothing"

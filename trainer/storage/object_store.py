@@ -327,10 +327,10 @@ def probe(store: ObjectStore) -> None:
                 raise StoreUnsuitableError(f"{store.uri}: {what} failed: {error}") from error
             if not passed:
                 raise StoreUnsuitableError(f"{store.uri}: {what} does not work as it must")
-    finally:
-        store.delete(key)
-    if store.head(key) is not None:
-        raise StoreUnsuitableError(f"{store.uri}: a deleted object is still there")
+    except StoreError:
+        with contextlib.suppress(StoreError):  # what went wrong first is what is told
+            store.delete(key)
+        raise
 
 
 def _refuses_overwrite(store: ObjectStore, key: str, content: bytes) -> bool:
@@ -341,6 +341,11 @@ def _refuses_overwrite(store: ObjectStore, key: str, content: bytes) -> bool:
     return False
 
 
+def _deletes(store: ObjectStore, key: str, _content: bytes) -> bool:
+    store.delete(key)
+    return store.head(key) is None
+
+
 _PROBES: tuple[tuple[str, Callable[[ObjectStore, str, bytes], bool]], ...] = (
     ("a ranged read", lambda store, key, content: store.get(key, 3, 8) == content[3:8]),
     ("a conditional write (PUT if-none-match)", _refuses_overwrite),
@@ -348,4 +353,5 @@ _PROBES: tuple[tuple[str, Callable[[ObjectStore, str, bytes], bool]], ...] = (
         "a listing right after the write",
         lambda store, key, content: [info.key for info in store.list(key)] == [key],
     ),
+    ("a deletion", _deletes),  # the last: nothing is left
 )
