@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Read once: it can't change while a process lives, and compiled code may not ask.
-_EMULATED = not {"avx512_bf16", "amx_bf16"} & {
-    k for k, v in torch.cpu.get_capabilities().items() if v
-}
+_CAN = {name for name, there in torch.cpu.get_capabilities().items() if there}
+_EMULATED = not {"avx512_bf16", "amx_bf16"} & _CAN
+_AMX = "amx_bf16" in _CAN
 
 
 def operand(matrix: Tensor) -> Tensor:
@@ -25,6 +25,12 @@ def operand(matrix: Tensor) -> Tensor:
     if _EMULATED and matrix.dtype is torch.bfloat16 and matrix.device.type == "cpu":
         return matrix.float()
     return matrix
+
+
+def multiplies_bf16(matrix: Tensor) -> bool:
+    """Whether the matrix is bf16 on a CPU whose vectors multiply that (without AMX's tiles)."""
+    on_cpu = matrix.dtype is torch.bfloat16 and matrix.device.type == "cpu"
+    return on_cpu and not _EMULATED and not _AMX
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:

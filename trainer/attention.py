@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from trainer.arithmetic import linear, operand
 from trainer.contract.shape import VE_GATE_CHANNELS, ModelShape
+from trainer.short_attention import is_short, short_attention
 
 ROPE_BASE = 100_000.0
 QK_SCALE = 1.2  # sharpens attention after the norm has fixed the length of q and k
@@ -62,6 +63,9 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int
     Sliding windows go a block of `window` queries at a time: a block sees itself and the block to
     its left, so the work is 2 * window keys a query instead of T, and no T x T mask exists.
     """
+    if is_short(q_BHTD, window):
+        out_BHTD: Tensor = short_attention(q_BHTD, k_BGTD, v_BGTD)
+        return out_BHTD
     dtype = q_BHTD.dtype
     q_BHTD, k_BGTD, v_BGTD = operand(q_BHTD), operand(k_BGTD), operand(v_BGTD)
     grouped = q_BHTD.size(1) != k_BGTD.size(1)
