@@ -257,7 +257,7 @@ def our_side(case: Case, pipe: Connection) -> None:
     from trainer.gpt import GPT
     from trainer.loop import Loop, Parts
     from trainer.optim import Optimizer
-    from trainer.runtime import prepare
+    from trainer.runtime import prepare, settle
 
     spec = case.spec()
     shape = ModelShape.of(spec.model, case.vocabulary)
@@ -343,6 +343,7 @@ def our_side(case: Case, pipe: Connection) -> None:
         device=runtime.device,
         model=model,
         learn=learn,
+        settle=settle,
         optimizer=optimizer,
         schedule=Schedule(spec.schedule, groups),
         batches=Turns(),

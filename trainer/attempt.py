@@ -44,7 +44,7 @@ from trainer.logs import LoggingReporter, LogShipper
 from trainer.loop import Loop, LoopEnd, Parts
 from trainer.pace import Pace
 from trainer.report import ServiceReporter
-from trainer.runtime import look, prepare, require_card
+from trainer.runtime import look, prepare, require_card, settle
 from trainer.start import START_BUDGET_S, Start, choose_start, load
 from trainer.storage.layout import MAX_STEP
 from trainer.storage.object_store import ObjectStore, StoreError, open_store
@@ -190,6 +190,7 @@ def _run(
         device=runtime.device,
         model=model,
         learn=model.learn,
+        settle=settle,
         optimizer=optimizer,
         schedule=blueprint.schedule(),
         batches=batches,

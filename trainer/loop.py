@@ -73,6 +73,7 @@ class Parts:
     mfu: Callable[[float], float | None] = lambda step_s: None  # of a step that took so long
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(lambda stall: None))
     pace: Pace = field(default_factory=lambda: Pace(World(), torch.device("cpu")))
+    settle: Callable[[], None] = lambda: None  # once, when the first step has compiled all there is
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Loop:
             end = self._step(first)
             if end is not None:
                 return end
+            if first:
+                self._parts.settle()
             first = False
             with self._parts.watchdog.elsewhere():
                 self._after_step()
