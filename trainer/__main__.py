@@ -7,6 +7,7 @@ first, as the service would. Ctrl-C and SIGTERM stop at the next step, with a ch
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path(".everstep/cache"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    faulthandler.enable()
     try:
         if options.spec is not None:
             _store(options.storage, options.job, json.loads(options.spec.read_text()))

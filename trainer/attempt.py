@@ -40,13 +40,15 @@ from trainer.distributed import World
 from trainer.events import CheckpointPassedOver, Directive, Event, Point, Reporter, Warned
 from trainer.failures import outcome_of
 from trainer.gpu import watch_gpus
+from trainer.keeper import keep
 from trainer.logs import LoggingReporter, LogShipper
 from trainer.loop import Loop, LoopEnd, Parts
+from trainer.output import readable, secrets_of
 from trainer.pace import Pace
 from trainer.report import ServiceReporter
 from trainer.runtime import look, prepare, require_card, settle
 from trainer.start import START_BUDGET_S, Start, choose_start, load
-from trainer.storage.layout import MAX_STEP
+from trainer.storage.layout import MAX_STEP, LogKey
 from trainer.storage.object_store import ObjectStore, StoreError, open_store
 from trainer.storage.repository import CheckpointRepository
 from trainer.storage.retry import patiently
@@ -74,6 +76,7 @@ class AttemptContext:
     service_ca: str | None = None
     node_id: str = ""
     has_card: bool = False  # by Ray's word; logical GPUs have none, and train on the CPU
+    output: tuple[int, ...] = ()  # what this process alone writes to, kept with the log
     on_claim: Callable[[int], None] = lambda number: None
     reporter: Reporter | None = None
     # Of an attempt that stands still: tells where a rank is and returns what all ranks have told;
@@ -215,10 +218,19 @@ def _ship_logs(
     cleanup: contextlib.ExitStack,
 ) -> None:
     """From here on the log is kept in the bucket; its first line says who speaks."""
-    shipper = LogShipper(store, context.job_id, attempt, world.rank)
+    key = LogKey(attempt, world.rank, 1)
+    identity = AttemptIdentity(context.job_id, context.host_number, attempt)
+    credential = attempt_credential(context.host_key, identity)
+    files, secrets = readable(context.output), [credential, context.host_key]
+    secrets += secrets_of(os.environ)
+    facts = {"storage": context.storage_uri, "job": context.job_id, "secrets": secrets}
+    keeper = keep(files, attempt=attempt, rank=world.rank, **facts)
+    shipper = LogShipper(store, context.job_id, key, files, secrets, keeper)
     cleanup.callback(shipper.close)
     place = (world.rank, world.size, attempt, context.host, os.getpid())
     log.info("rank %d of %d, attempt %d at %s, process %d", *place)
+    if context.output and not files:
+        log.warning("what is not logged is not kept: this process writes to a pipe, not to a file")
 
 
 def _say_how_it_starts(

@@ -1,86 +1,110 @@
-"""What a rank logs, shipped to the bucket in pieces while it trains.
+"""What a rank logs and writes, shipped to the bucket in pieces while it trains.
 
-A logging handler that gathers lines and a thread that writes them out. Logs are a convenience:
-trouble with the store loses the oldest lines, never a step.
+A logging handler that writes lines where the process writes everything else, and a thread that
+reads from there and ships. Logs are a convenience: trouble with the store never costs a step. What
+a process wrote that ends before it could ship it is the keeper's.
 
 Invariant: `close` ships what is left, within a bounded time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import tempfile
 import threading
 import time
-from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from trainer.events import Directive, Event, Point, Reporter
+from trainer.keeper import Keeper
+from trainer.output import Tail
 from trainer.report import event_to_proto, point_line
 from trainer.storage.layout import LogKey
 from trainer.storage.logs import write_piece
 from trainer.storage.object_store import ObjectStore, StoreError
 
 SHIP_S = 2.0
-MAX_LINES = 20_000  # kept while the store is away
 POINT_EVERY_S = 1.0
 CLOSE_S = 10.0
-FORMAT = "%(levelname)s %(name)s: %(message)s"
+STANDARD_ERROR = 2
+FORMAT = "%(created).3f %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger("trainer")
 
 
 class LogShipper(logging.Handler):
-    """Ships everything that `trainer` logs in this process, from its making to its close."""
+    """Ships all that `trainer` logs in this process, from its making to its close.
 
-    def __init__(self, store: ObjectStore, job_id: str, attempt: int, rank: int) -> None:
+    With files, also all that the process writes, from its beginning.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        job_id: str,
+        key: LogKey,
+        files: Sequence[int] = (),
+        secrets: Iterable[str] = (),
+        keeper: Keeper | None = None,
+    ) -> None:
+        """key: of the first piece. files: see Tail; one of them is what standard error goes to.
+
+        secrets: what no line may hold. keeper: does what is left when we can't.
+        """
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter(FORMAT))
-        self._store = store
-        self._job_id = job_id
-        self._attempt = attempt
-        self._rank = rank
-        self._lines: deque[tuple[float, str]] = deque(maxlen=MAX_LINES)
-        self._shipped = 0
+        self._store, self._job_id, self._key = store, job_id, key
+        self._own = None if files else tempfile.TemporaryFile()  # noqa: SIM115 - until close
+        self._target = self._own.fileno() if self._own else STANDARD_ERROR
+        self._tail = Tail(files or [self._target], secrets)
+        self._keeper = keeper
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
         log.setLevel(logging.INFO)
         log.addHandler(self)
+        log.propagate = not files  # Ray Train's own handler would write each line once more
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line, or several of one message; never blocks."""
-        for text in self.format(record).splitlines():
-            self._lines.append((record.created, text))
+        """Write a line, or several of one message, at once: who ends us can't take it back."""
+        with contextlib.suppress(OSError):  # a full disk must not end a step
+            os.write(self._target, f"{self.format(record)}\n".encode(errors="replace"))
 
     def close(self) -> None:
         """Ship what is left and end. Safe to repeat."""
         log.removeHandler(self)
+        log.propagate = True
         self._closing.set()
         self._thread.join(CLOSE_S)
+        if self._own is not None and not self._thread.is_alive():
+            self._own.close()
         super().close()
 
     def _run(self) -> None:
         while not self._closing.wait(SHIP_S):
-            self._ship()
-        self._ship()
-
-    def _ship(self) -> None:
-        taken = [self._lines.popleft() for _ in range(len(self._lines))]
-        if not taken:
-            return
-        key = LogKey(self._attempt, self._rank, self._shipped + 1)
+            with contextlib.suppress(StoreError):  # the next time, with what comes meanwhile
+                self._ship(last=False)
         try:
-            write_piece(self._store, self._job_id, key, taken)
+            while self._ship(last=True):
+                pass
         except StoreError:
-            self._put_back(taken)
-            return
-        self._shipped += 1
+            return  # the keeper tries for longer
+        if self._keeper is not None:
+            self._keeper.dismiss()
 
-    def _put_back(self, taken: list[tuple[float, str]]) -> None:
-        """For the next time, before what was logged meanwhile; past MAX_LINES the oldest go."""
-        self.acquire()  # whoever logs holds it
-        try:
-            self._lines = deque((*taken, *self._lines), MAX_LINES)
-        finally:
-            self.release()
+    def _ship(self, last: bool) -> bool:
+        """Store a piece, if there is something to store; whether there was."""
+        lines = self._tail.take(last)
+        if lines:
+            write_piece(self._store, self._job_id, self._key, lines)
+        self._tail.keep()
+        if lines:
+            self._key = replace(self._key, sequence=self._key.sequence + 1)
+            if self._keeper is not None:
+                self._keeper.note(self._key.sequence, self._tail.offsets)
+        return bool(lines)
 
 
 class LoggingReporter:

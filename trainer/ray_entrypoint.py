@@ -10,6 +10,7 @@ Invariant: fit() never retries by itself (max_failures=0), so each fit() is one 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import tempfile
@@ -29,6 +30,7 @@ WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be abou
 # cores a step takes three to five times as long otherwise (docs/log.md). The allocator's word is
 # read once, and ranks that meet on CUDA allocate before the attempt has set up anything.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR}
+OUTPUT = (1, 2)  # of a worker: Ray gives each process files of its own
 NODE_LABEL = "ray.io/node-id"  # Ray's own, on every node
 CARD = "accelerator_type:"  # how Ray names a node's resource for the type of its cards
 # Set where Ray starts a process for us; read by Ray Train itself. A worker that only doesn't answer
@@ -292,6 +294,7 @@ def _host_callback(host_name: str) -> Any:
 
 def run_worker(arguments: dict[str, Any]) -> None:
     """One rank of one attempt, in a process that Ray started."""
+    faulthandler.enable(OUTPUT[-1], all_threads=True)  # Ray's own tells of one thread
     import ray
     from ray.train import get_context
 
@@ -316,6 +319,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
             stall_floor_s=config.stall_floor_s,
             node_id=ray.get_runtime_context().get_node_id(),
             has_card=arguments["has_card"],
+            output=OUTPUT,
             on_claim=lambda number: ray.get(host.attempt_claimed.remote(number)),
             stacks=lambda rank, text: ray.get(
                 host.stack.remote(rank, text), timeout=WORD_TIMEOUT_S

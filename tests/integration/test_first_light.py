@@ -97,10 +97,10 @@ def test_logs_of_every_attempt_are_there_afterwards(client: Client, disturbed: p
     lines = list(client.logs(disturbed.id))
     assert {line.attempt for line in lines} == {1, 2}
     first, second = ([x.line for x in lines if x.attempt == number] for number in (1, 2))
-    assert "attempt 1 at" in first[0]
-    assert "attempt 2 at" in second[0]
+    assert any("attempt 1 at" in line for line in first)
+    assert any("attempt 2 at" in line for line in second)
     assert any("step " in line for line in second)
-    assert f"checkpoint {disturbed.id}@{STEPS} committed" in second[-1]
+    assert any(f"checkpoint {disturbed.id}@{STEPS} committed" in line for line in second[-5:])
     assert next(iter(client.logs(disturbed.id, attempt=2, rank=0))).line == second[0]
     assert list(client.logs(disturbed.id, rank=7)) == []
 

