@@ -47,6 +47,7 @@ class Job:
     workers: int = 0  # in force, or the last number; 0: none was chosen yet
     placement: Placement = ()  # the node of each worker; empty where it holds none
     resized_at: float | None = None  # when that number changed last, while it ran
+    stop_asked_at: float | None = None  # when its user paused or cancelled it; None: it is to run
     submission: int = 0  # order of submission, given by the store
     version: int = 0  # compare-and-set
 

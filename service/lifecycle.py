@@ -295,8 +295,10 @@ class Lifecycle:
                 raise PreconditionError(f"job {job_id} is {job.state}: nothing to change")
             if job.desired is Desired.CANCELLED:
                 raise PreconditionError(f"job {job_id} is being cancelled")
-            told = events.requested(wish, actor, time.time())
-            if await self._jobs.change(job, replace(job, desired=desired), told):
+            now = time.time()
+            asked = None if desired is Desired.RUNNING else job.stop_asked_at or now
+            wanted = replace(job, desired=desired, stop_asked_at=asked)
+            if await self._jobs.change(job, wanted, events.requested(wish, actor, now)):
                 self._wake()
                 return
 

@@ -1,9 +1,10 @@
 """Moves what is towards what is wanted: the one reviver of hosts, the one starter of jobs.
 
 Each tick reads the jobs that are not final and the hosts that Ray knows, and takes at most one step
-with each job. Nothing is remembered between ticks but stops: when one was asked for, and where the
-job goes on then. So the service may die at any line: the next tick of the next service goes on; a
-job that it had stopped for another number of workers is queued, and starts where there is room.
+with each job. Nothing is remembered between ticks but where a job that was told to stop goes on
+then, and service.signs. So the service may die at any line: the next tick of the next service goes
+on; a job that it had stopped for another number of workers is queued, and starts where there is
+room.
 
 Invariant: a job has at most one host that counts, the one with its host_number; any other is
 killed. A host is given up for dead on two signs only: the cluster answers and doesn't know it, and
@@ -27,10 +28,9 @@ from service.metrics import Metrics
 from service.placement import Node, Placement
 from service.ray_cluster import HostStatus, RayCluster
 from service.scheduler import Move, decide, rank, settle
+from service.signs import Signs
 from service.store import JobStore
 from trainer.contract.outcome import (
-    FAILED_SAVE_S,
-    FINAL_SAVE_S,
     RESTART_WINDOW_S,
     AttemptResult,
     Outcome,
@@ -42,13 +42,9 @@ from trainer.contract.states import JobState
 
 GATHER_S = 0.05  # from a wake to the look: several at once cost one
 TICK_S = 1.0
-STOP_GRACE_S = 120.0  # without a word from the attempt, from a stop's request to the hard stop
-# The same of one that reports on: a step, and its last checkpoint's way to the store.
-SAVE_GRACE_S = STOP_GRACE_S + FINAL_SAVE_S + FAILED_SAVE_S
 # Between two hosts of one job, when those before are lost: a host that can't live must not be
 # started every tick.
 HOST_PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)
-HEARD_S = 5.0  # an attempt that reported so lately is alive; it does so twice a second
 # When the service takes the cluster down with it: below the container's stop_grace_period. What an
 # attempt has on its box's disk by then, the next one there brings to the store.
 SUSPEND_GRACE_S = 90.0
@@ -80,11 +76,9 @@ class Reconciler:
         self._metrics = metrics
         self._host_config = host_config
         self._awake = asyncio.Event()
-        self._stop_asked: dict[str, float] = {}  # job id -> monotonic time
         self._hosts_lost: dict[str, tuple[int, float]] = {}  # job id -> how many, when the last
-        self._heard: dict[str, float] = {}  # job id -> when its attempt reported last, monotonic
         self._stopping: dict[str, Move] = {}  # job id -> where it goes on once it has stopped
-        self._began = time.monotonic()
+        self.signs = Signs()
         self._suspending = False
         self.nodes: tuple[Node, ...] | None = None
         self.seen_at = 0.0  # when Ray told of them
@@ -95,7 +89,7 @@ class Reconciler:
 
     def directive(self, job: Job) -> pb.Directive:
         """What the attempt of a job should be told; it reported a moment ago."""
-        self._heard[job.id] = time.monotonic()
+        self.signs.hear(job.id)
         return pb.DIRECTIVE_STOP if self._stops(job) else pb.DIRECTIVE_UNSPECIFIED
 
     def _stops(self, job: Job) -> bool:
@@ -183,7 +177,7 @@ class Reconciler:
             return
         stopping = self._stops(job)
         if not stopping:
-            self._stop_asked.pop(job.id, None)  # a stop that was taken back: the next has its grace
+            self.signs.forget_stop(job.id)  # a stop that was taken back: the next has its grace
         if not host.answered:
             if stopping:
                 await self._press_stop(job)
@@ -202,7 +196,7 @@ class Reconciler:
 
     async def _without_host(self, job: Job) -> None:
         """The cluster answers and doesn't know the host: it died, or was never started."""
-        if self._heard_lately(job):
+        if self.signs.heard_lately(job.id):
             return  # its workers live, whatever the cluster says
         await self._end_lost_attempts(job)
         ends = await self._counted_ends(job)
@@ -216,16 +210,10 @@ class Reconciler:
         elif time.time() >= max(ends, default=0.0) + pause_s and self._may_start_again(job):
             await self._go_on(job, job.placement, "its host is gone; another one starts")
 
-    def _heard_lately(self, job: Job) -> bool:
-        now, heard = time.monotonic(), self._heard.get(job.id)
-        if heard is None:  # an attempt that outlived the last service may not have found this one
-            return now - self._began < 2 * HEARD_S
-        return now - heard < HEARD_S
-
     def _lost_a_node(self, job: Job) -> bool:
         """Whether a worker's node is gone, and no worker reports any more."""
         alive = {node.id for node in self.nodes or () if node.alive}
-        return not set(job.placement) <= alive and not self._heard_lately(job)
+        return not set(job.placement) <= alive and not self.signs.heard_lately(job.id)
 
     def _may_start_again(self, job: Job) -> bool:
         """Whether the pause since the last lost host is over; a job that trained starts anew."""
@@ -260,7 +248,7 @@ class Reconciler:
 
     async def _conclude(self, job: Job, results: list[AttemptResult], budget_spent: bool) -> None:
         """The host is done: so is the job, unless it was set aside."""
-        self._stop_asked.pop(job.id, None)
+        self.signs.forget_stop(job.id)
         last = results[-1]
         # With restarts left, a host ends only because it was told to start no other attempt.
         told = last.policy is Policy.RESTART and (not budget_spent or self._stops(job))
@@ -291,17 +279,12 @@ class Reconciler:
 
     async def _press_stop(self, job: Job) -> None:
         """The directive goes with the next report, the host starts nothing new; then by force."""
-        now, asked = time.monotonic(), self._stop_asked.get(job.id)
-        if asked is None:
-            self._stop_asked[job.id] = now
+        if self.signs.ask(job):
             await self._cluster.stop_host(job.id, job.host_number)
-            return
-        heard = max(asked, self._heard.get(job.id, asked))
-        if now - heard > STOP_GRACE_S or now - asked > SAVE_GRACE_S:
+        elif reason := self.signs.overdue(job):
             await self._cluster.kill_host(job.id, job.host_number)
-            self._stop_asked.pop(job.id)
-            reason = f"stopped by force {now - asked:.0f} s after it was asked to, last heard of "
-            await self._set_aside(job, f"{reason}{now - heard:.0f} s ago")
+            self.signs.forget_stop(job.id)
+            await self._set_aside(job, reason)
 
     async def _set_aside(self, job: Job, reason: str, step: int = 0) -> bool:
         """A job has stopped: it goes on elsewhere if it was stopped for that, else as desired."""
@@ -365,7 +348,7 @@ class Reconciler:
 
         Whether it does; False where somebody else changed the job first.
         """
-        self._stop_asked.pop(job.id, None)  # of another host
+        self.signs.forget_stop(job.id)  # of another host
         if job.state is not JobState.STARTING:
             job = job.moved(JobState.STARTING, reason, time.time())
         numbered = replace(job, host_number=job.host_number + 1, reason=reason)
@@ -389,7 +372,7 @@ class Reconciler:
         self._metrics.observe_workers(moved)
         if moved.is_final:
             self._hosts_lost.pop(job.id, None)
-            self._heard.pop(job.id, None)
+            self.signs.forget(job.id)
             self._metrics.forget_later(job.id)
         return True
 

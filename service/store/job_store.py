@@ -197,6 +197,7 @@ def _job_columns(job: Job) -> dict[str, Any]:
         "workers": job.workers,
         "placement": job.placement,
         "resized_at": job.resized_at,
+        "stop_asked_at": job.stop_asked_at,
     }
 
 
@@ -218,6 +219,7 @@ def _job(row: sa.Row[Any]) -> Job:
         workers=columns[jobs.c.workers],
         placement=tuple(columns[jobs.c.placement]),
         resized_at=columns[jobs.c.resized_at],
+        stop_asked_at=columns[jobs.c.stop_asked_at],
         submission=columns[jobs.c.submission],
         version=columns[jobs.c.version],
     )

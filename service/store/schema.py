@@ -55,6 +55,7 @@ jobs = sa.Table(
     sa.Column("workers", sa.Integer, nullable=False, server_default="0"),
     sa.Column("placement", sa.JSON, nullable=False, server_default="[]"),
     sa.Column("resized_at", sa.Float, nullable=True),
+    sa.Column("stop_asked_at", sa.Float, nullable=True),
     sa.Column("version", sa.Integer, nullable=False),
     sqlite_autoincrement=True,
 )

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
-from service import reconciler
+from service import signs
 from service.errors import StorageAwayError
 from service.jobs import Desired
 from tests.fakes.api import Api, credential, hello, served
@@ -185,7 +185,7 @@ async def test_an_attempt_that_does_not_stop_is_ended_after_the_grace_and_the_an
     call = await asked(api, method, job_id, desired)
     await api.plane.tick(3)
     assert not call.done()
-    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)
+    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
     await api.plane.tick()
     answer = await asyncio.wait_for(call, 20)
     assert answer.final_checkpoint.checkpoint.step == 4, "the last committed one stands"

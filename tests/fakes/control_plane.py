@@ -86,7 +86,7 @@ class ControlPlane:
             },
             self.upkeep.mark,
         )
-        self.reconciler._began -= 60.0  # it has run for a while
+        self.reconciler.signs.began -= 600.0  # it has run for a while
         self.storage = Storage(self.store)
         self.lifecycle = Lifecycle(
             self.database,

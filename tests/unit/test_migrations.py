@@ -70,24 +70,65 @@ def test_there_is_one_line_of_migrations() -> None:
     assert len(script.get_bases()) == 1
 
 
-def test_every_earlier_schema_is_brought_forward_with_its_rows(tmp_path: Path) -> None:
-    revisions = [each.revision for each in ScriptDirectory(str(MIGRATIONS)).walk_revisions()]
-    for revision in revisions:
-        path = tmp_path / f"{revision}.db"
-        migrate(path, revision)
-        engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
-        known = sa.Table("jobs", sa.MetaData(), autoload_with=engine)
-        spec = {"resources": {"workers": {"min": 3}}}
-        row = dict.fromkeys(known.c.keys(), 0) | {"spec": spec, "start": None, "id": "J"}
-        ran = {"host_number": 1} | ({"workers": 3} if "workers" in row else {})
+def row_of(table: sa.Table) -> dict[str, Any]:
+    """A row with something in every column, as an older service may have left it."""
+    samples: dict[type[Any], Any] = {
+        int: 7,
+        float: 2.5,
+        str: "text",
+        bytes: b"raw",
+        object: {"a": 1},
+    }
+    found = {column.name: samples[column.type.python_type] for column in table.c}
+    found |= {key: "J" for key in ("id", "job_id") if key in found}
+    if table.name == "jobs":
+        found["spec"] = {"resources": {"workers": {"min": 2, "max": 2}}}
+        found |= {"host_number": 1, "state": "RUNNING", "desired": "CANCELLED"}
+        found |= {"workers": 2} if "workers" in found else {}
+    return found
+
+
+def rows(engine: sa.Engine, table: sa.Table) -> list[dict[str, Any]]:
+    with engine.connect() as connection:
+        return [dict(row._mapping) for row in connection.execute(sa.select(table))]
+
+
+def reflected(engine: sa.Engine) -> dict[str, sa.Table]:
+    metadata = sa.MetaData()
+    metadata.reflect(engine)
+    return {name: table for name, table in metadata.tables.items() if name != "alembic_version"}
+
+
+@pytest.mark.parametrize(
+    "revision", [each.revision for each in ScriptDirectory(str(MIGRATIONS)).walk_revisions()]
+)
+def test_every_earlier_schema_is_brought_forward_with_its_rows(
+    tmp_path: Path, revision: str
+) -> None:
+    path = tmp_path / "old.db"
+    migrate(path, revision)
+    engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
+    before = {}
+    for name, table in reflected(engine).items():
         with engine.begin() as connection:
-            connection.execute(sa.insert(known).values(row | ran))
-        migrate(path)
-        with engine.connect() as connection:
-            context = MigrationContext.configure(connection, opts={"compare_type": True})
-            assert compare_metadata(context, schema.metadata) == [], revision
-            found = connection.execute(sa.select(schema.jobs.c.id, schema.jobs.c.workers)).one()
-            assert found == ("J", 3), "it ran on its least number"
+            connection.execute(sa.insert(table).values(row_of(table)))
+        (before[name],) = rows(engine, table)
+    assert before["jobs"], "there were rows to bring forward"
+    migrate(path)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, schema.metadata) == []
+        assert list(connection.execute(sa.text("PRAGMA foreign_key_check"))) == []
+    now = reflected(engine)
+    assert set(before) <= set(now)
+    for name, old in before.items():
+        (found,) = rows(engine, now[name])
+        assert {key: found[key] for key in old} == old, name
+        if name == "jobs":
+            assert found["workers"] == 2, "it ran on its least number"
+            assert found["stop_asked_at"], "a stop that was under way has its grace"
+            (job,) = rows(engine, schema.jobs)
+            assert job["spec"].resources.workers.min == 2, "and it is read as ever"
 
 
 def test_an_upgrade_that_is_cut_off_leaves_what_was_there(

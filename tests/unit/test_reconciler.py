@@ -16,7 +16,7 @@ import yaml
 
 from everstep import client
 from everstep.v1 import everstep_pb2 as pb
-from service import reconciler, server
+from service import reconciler, server, signs
 from service.errors import ClusterAwayError
 from service.jobs import Desired, Job
 from service.ray_cluster import HostStatus
@@ -201,7 +201,7 @@ async def test_a_host_is_not_given_up_while_its_attempt_still_reports(
     plane.reconciler.directive(job)  # a report came a moment ago
     await plane.tick(2)
     assert await plane.job("JOB1") == job
-    monkeypatch.setattr(reconciler, "HEARD_S", 0.0)
+    monkeypatch.setattr(signs, "HEARD_S", 0.0)
     await plane.tick()
     assert (await plane.job("JOB1")).host_number == 2
 
@@ -218,11 +218,11 @@ async def test_a_restarted_service_gives_attempts_time_to_find_it_before_a_host_
         cluster.lose(FIRST)
     known = list(cluster.known)
     async with control_plane(tmp_path, cluster) as plane:
-        plane.reconciler._began = time.monotonic()
+        plane.reconciler.signs.began = time.monotonic()
         await plane.tick(2)
         assert await plane.job("JOB1") == job
         assert list(cluster.known) == known, "the cluster's word alone neither starts nor kills"
-        plane.reconciler._began -= 2 * reconciler.HEARD_S
+        plane.reconciler.signs.began -= 2 * signs.HEARD_S
         await plane.tick()
         assert list(cluster.known) == [("JOB1", 2)]
 
@@ -231,9 +231,9 @@ async def test_an_attempt_that_found_the_restarted_service_is_missed_as_soon_as_
     plane: ControlPlane,
 ) -> None:
     job = await running(plane)
-    plane.reconciler._began = time.monotonic()
+    plane.reconciler.signs.began = time.monotonic()
     plane.reconciler.directive(job)
-    plane.reconciler._heard["JOB1"] -= reconciler.HEARD_S
+    plane.reconciler.signs.heard["JOB1"] -= signs.HEARD_S
     plane.cluster.lose(FIRST)
     await plane.tick()
     assert (await plane.job("JOB1")).host_number == 2
@@ -325,7 +325,7 @@ async def test_a_host_that_never_stops_is_ended_by_force(
     await plane.want("JOB1", Desired.CANCELLED)
     await plane.tick(2)
     assert not plane.cluster.killed
-    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)
+    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
     await plane.tick()
     job = await plane.job("JOB1")
     assert job.state is JobState.CANCELLED
@@ -341,7 +341,7 @@ async def test_a_host_that_does_not_even_answer_is_ended_by_force(
     await plane.want("JOB1", Desired.CANCELLED)
     await plane.tick(2)
     assert not plane.cluster.killed
-    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)
+    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
     await plane.tick()
     assert (await plane.job("JOB1")).state is JobState.CANCELLED
 
@@ -351,7 +351,7 @@ async def test_a_host_that_does_not_even_answer_is_ended_by_force(
     [
         (220, 0, False),  # the last checkpoint's upload: 9.7 GB at 44 MB/s
         (FINAL_SAVE_S + FAILED_SAVE_S, 1, False),
-        (reconciler.SAVE_GRACE_S + 1, 0, True),  # it says something, but never comes to an end
+        (signs.SAVE_GRACE_S + 1, 0, True),  # it says something, but never comes to an end
         (220, 121, True),
         (110, 220, False),  # nothing since it was asked, but that is not long ago
         (121, 220, True),
@@ -364,17 +364,64 @@ async def test_an_attempt_that_reports_has_time_for_its_last_checkpoint(
     await plane.want("JOB1", Desired.CANCELLED)
     await plane.tick()
     plane.reconciler.directive(job)
-    plane.reconciler._stop_asked["JOB1"] -= asked_s_ago
-    plane.reconciler._heard["JOB1"] -= heard_s_ago
+    plane.reconciler.signs.asked["JOB1"] -= asked_s_ago
+    plane.reconciler.signs.heard["JOB1"] -= heard_s_ago
     await plane.tick()
     assert plane.cluster.killed == ([FIRST] if by_force else [])
     state = JobState.CANCELLED if by_force else JobState.RUNNING
     assert (await plane.job("JOB1")).state is state
 
 
+@pytest.mark.parametrize(
+    ("asked_s_ago", "finds_it", "up_s", "by_force"),
+    [
+        (10, False, 20, False),
+        (121, False, 5, False),  # it may still find the new service
+        (121, False, 11, True),
+        (121, True, 11, False),  # it saves, as it would have with the old one
+        (signs.SAVE_GRACE_S + 1, True, 11, False),  # it heard of the stop a moment ago
+        (signs.SAVE_GRACE_S + 1, True, 121, True),
+    ],
+)
+async def test_a_stops_grace_counts_from_when_it_was_asked_whatever_service_heard_it(
+    tmp_path: Path, asked_s_ago: float, finds_it: bool, up_s: float, by_force: bool
+) -> None:
+    cluster = FakeRayCluster()
+    async with control_plane(tmp_path, cluster) as plane:
+        await running(plane)
+        await plane.want("JOB1", Desired.PAUSED)
+        await plane.tick(2)
+        job = await plane.job("JOB1")
+        assert job.stop_asked_at == pytest.approx(time.time(), abs=30)
+        await plane.jobs.change(job, replace(job, stop_asked_at=job.stop_asked_at - asked_s_ago))
+    async with control_plane(tmp_path, cluster) as plane:
+        plane.reconciler.signs.began = time.monotonic() - up_s
+        if finds_it:
+            plane.reconciler.directive(await plane.job("JOB1"))
+        await plane.tick(2)
+        job = await plane.job("JOB1")
+    assert cluster.killed == ([FIRST] if by_force else [])
+    assert job.state is (JobState.PAUSED if by_force else JobState.RUNNING)
+    if by_force:
+        assert f"stopped by force {asked_s_ago:.0f} s after it was asked to" in job.reason
+
+
+async def test_a_wish_to_stop_is_dated_until_it_is_taken_back(plane: ControlPlane) -> None:
+    await running(plane)
+    assert (await plane.job("JOB1")).stop_asked_at is None
+    await plane.want("JOB1", Desired.PAUSED)
+    paused = (await plane.job("JOB1")).stop_asked_at
+    await plane.want("JOB1", Desired.CANCELLED)
+    assert (await plane.job("JOB1")).stop_asked_at == paused is not None, "it is one stop"
+    await plane.add(new_job(2))
+    await plane.want("JOB2", Desired.PAUSED)
+    await plane.want("JOB2", Desired.RUNNING)
+    assert (await plane.job("JOB2")).stop_asked_at is None
+
+
 def test_whoever_waits_for_a_stop_waits_longer_than_who_does_it() -> None:
     """Trainer, service, client; and where the whole box stops: service, then Ray and the store."""
-    assert FINAL_SAVE_S + FAILED_SAVE_S < reconciler.SAVE_GRACE_S < client.STOP_S
+    assert FINAL_SAVE_S + FAILED_SAVE_S < signs.SAVE_GRACE_S < client.STOP_S
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     graces = {name: parts.get("stop_grace_period", "0s") for name, parts in compose.items()}
     assert seconds(graces["service"]) > reconciler.SUSPEND_GRACE_S + server.STOP_GRACE_S
@@ -404,7 +451,7 @@ async def test_a_second_pause_has_its_own_grace(
     job = await plane.job("JOB1")
     assert job.holds_resources
     await plane.want("JOB1", Desired.PAUSED)
-    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)  # the first pause's grace is long over
+    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)  # the first pause's grace is long over
     await plane.tick()
     assert (await plane.job("JOB1")).state is job.state
     assert plane.cluster.stopped == [FIRST, ("JOB1", job.host_number)]

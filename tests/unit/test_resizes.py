@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
-from service import reconciler
+from service import signs
 from service.jobs import Desired, Job
 from tests.fakes.control_plane import ControlPlane, control_plane, new_job
 from tests.fakes.ray_cluster import FakeRayCluster, machine
@@ -57,7 +57,7 @@ async def growing(plane: ControlPlane, policy: str = "grow") -> Job:
     assert (job.workers, series(plane, job)) == (1, 1)
     await plane.tick()
     assert plane.reconciler.directive(job) == pb.DIRECTIVE_STOP
-    plane.reconciler._heard.clear()
+    plane.reconciler.signs.heard.clear()
     return job
 
 
@@ -154,7 +154,7 @@ async def test_a_paused_job_starts_with_what_is_free_when_it_is_resumed(
     job = await runs(plane, ranged(1, "fixed"), cpus=2)
     await plane.tick()
     assert plane.reconciler.directive(job) == pb.DIRECTIVE_UNSPECIFIED, "it keeps its number"
-    plane.reconciler._heard.clear()
+    plane.reconciler.signs.heard.clear()
     await plane.want("JOB1", Desired.PAUSED)
     plane.cluster.ends(FIRST, STOPPED)
     await plane.tick()
@@ -178,7 +178,7 @@ async def test_a_job_that_does_not_stop_in_time_goes_on_in_its_new_place_by_forc
 ) -> None:
     await growing(plane)
     await plane.tick()
-    monkeypatch.setattr(reconciler, "STOP_GRACE_S", 0.0)
+    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
     await plane.tick()
     job = await plane.job("JOB1")
     assert (job.state, job.workers) == (JobState.STARTING, 2)
@@ -190,7 +190,7 @@ async def test_a_job_that_moves_has_time_to_store_its_last_checkpoint(plane: Con
     await growing(plane)
     await plane.tick()
     plane.reconciler.directive(await plane.job("JOB1"))
-    plane.reconciler._stop_asked["JOB1"] -= 220  # 9.7 GB at 44 MB/s
+    plane.reconciler.signs.asked["JOB1"] -= 220  # 9.7 GB at 44 MB/s
     await plane.tick()
     assert not plane.cluster.killed
     plane.cluster.ends(FIRST, STOPPED)
@@ -262,7 +262,7 @@ async def test_a_worker_that_still_reports_keeps_its_host_whatever_is_said_of_it
     plane.reconciler.directive(job)
     await plane.tick()
     assert list(plane.cluster.known) == [FIRST]
-    monkeypatch.setattr(reconciler, "HEARD_S", 0.0)
+    monkeypatch.setattr(signs, "HEARD_S", 0.0)
     await plane.tick()
     assert list(plane.cluster.known) == [SECOND]
 
