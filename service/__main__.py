@@ -35,6 +35,7 @@ from service.sampling import Sampler
 from service.server import Server
 from service.servicer import TrainingServicer
 from service.settings import Settings
+from service.signs import Signs
 from service.storage import Storage
 from service.store import (
     Database,
@@ -224,7 +225,8 @@ async def _compose(
     jobs, records = JobStore(database), RecordStore(database)
     upkeep = Upkeep(DrainStore(database))
     await upkeep.load()
-    reconciler = Reconciler(jobs, cluster, metrics, host_config, upkeep.mark)
+    signs = Signs(settings.stop_grace_s)
+    reconciler = Reconciler(jobs, cluster, metrics, host_config, upkeep.mark, signs)
     storage = Storage(store, settings.data_roots)
     lifecycle = Lifecycle(database, storage, lambda: reconciler.nodes, reconciler.wake)
     deletions = Deletions(lifecycle, jobs, DeletionStore(database), storage, metrics)

@@ -68,6 +68,7 @@ class Reconciler:
         metrics: Metrics,
         host_config: Callable[[Job], dict[str, Any]],
         mark: Callable[[Iterable[Node]], tuple[Node, ...]] = tuple,
+        signs: Signs | None = None,
     ) -> None:
         """host_config: what the host of a job is told. mark: which nodes may not be used."""
         self._mark = mark
@@ -78,7 +79,7 @@ class Reconciler:
         self._awake = asyncio.Event()
         self._hosts_lost: dict[str, tuple[int, float]] = {}  # job id -> how many, when the last
         self._stopping: dict[str, Move] = {}  # job id -> where it goes on once it has stopped
-        self.signs = Signs()
+        self.signs = signs or Signs()
         self._suspending = False
         self.nodes: tuple[Node, ...] | None = None
         self.seen_at = 0.0  # when Ray told of them

@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     stall_floor_s: float = Field(
         300.0, gt=0, description="a step is never late before; then at 20 times the median step"
     )
+    stop_grace_s: float = Field(
+        120.0, gt=0, le=120, description="without a word after a pause or cancel, then by force"
+    )
 
     ray_cpus: int | None = Field(None, ge=1, description="CPUs of the embedded Ray; default: all")
     ray_gpus: int | None = Field(

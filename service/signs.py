@@ -15,15 +15,15 @@ from service.jobs import Job
 from trainer.contract.outcome import FAILED_SAVE_S, FINAL_SAVE_S
 
 STOP_GRACE_S = 120.0  # without a word from the attempt, from a stop's request to the hard stop
-# The same of one that reports on: a step, and its last checkpoint's way to the store.
-SAVE_GRACE_S = STOP_GRACE_S + FINAL_SAVE_S + FAILED_SAVE_S
+SAVE_S = FINAL_SAVE_S + FAILED_SAVE_S  # more, for one that reports: its last checkpoint's way
 HEARD_S = 5.0  # an attempt that reported so lately is alive; it does so twice a second
 
 
 class Signs:
     """Times are of time.monotonic, by the job's id."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_grace_s: float = STOP_GRACE_S) -> None:
+        self.stop_grace_s = stop_grace_s
         self.began = time.monotonic()
         self.heard: dict[str, float] = {}
         self.asked: dict[str, float] = {}
@@ -51,9 +51,10 @@ class Signs:
         """Why a stop that was asked for needs force by now; empty: it doesn't."""
         now, asked = time.monotonic(), self.asked[job.id]
         heard = max(asked, self.heard.get(job.id, asked))
-        silent = now - heard > STOP_GRACE_S and not self.heard_lately(job.id)
+        silent = now - heard > self.stop_grace_s and not self.heard_lately(job.id)
         # One that reports may have heard of the stop only from this service.
-        late = now - asked > SAVE_GRACE_S and now - self.began > STOP_GRACE_S
+        up = now - self.began > self.stop_grace_s
+        late = up and now - asked > self.stop_grace_s + SAVE_S
         if not silent and not late:
             return ""
         last = f"last heard of {now - heard:.0f} s ago"

@@ -14,7 +14,6 @@ import grpc
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
-from service import signs
 from service.errors import StorageAwayError
 from service.jobs import Desired
 from tests.fakes.api import Api, credential, hello, served
@@ -174,7 +173,6 @@ async def test_a_service_that_restarts_amid_a_stop_gives_the_next_caller_the_ans
 async def test_an_attempt_that_does_not_stop_is_ended_after_the_grace_and_the_answer_says_so(
     api: Api,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     reach: Callable[[Api, str], Awaitable[None]],
     method: str,
     desired: Desired,
@@ -185,7 +183,7 @@ async def test_an_attempt_that_does_not_stop_is_ended_after_the_grace_and_the_an
     call = await asked(api, method, job_id, desired)
     await api.plane.tick(3)
     assert not call.done()
-    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
+    api.plane.reconciler.signs.stop_grace_s = 0.0
     await api.plane.tick()
     answer = await asyncio.wait_for(call, 20)
     assert answer.final_checkpoint.checkpoint.step == 4, "the last committed one stands"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,16 @@ import psutil
 import pytest
 
 from everstep import Client
+from everstep.errors import EverstepError
 from everstep.v1 import everstep_pb2 as pb
+from service.parts import MARK
 from tests.stack import (
     SMALL_JOB,
     WAIT_S,
     Stack,
     is_alive,
     running_stack,
+    wait_for_an_empty_ray,
     wait_for_checkpoint,
     wait_for_state,
     wait_until,
@@ -31,6 +38,7 @@ from trainer.contract.memory import ALLOCATOR
 ROOT = Path(__file__).parents[2]
 STEPS = 70
 STALL_FLOOR_S = 8.0
+STOP_GRACE_S = 20.0
 # Ray tells GPUs that it was told of from cards that it has found.
 BACKEND = "nccl" if any(Path("/dev").glob("nvidia[0-9]*")) else "gloo"
 
@@ -39,7 +47,8 @@ BACKEND = "nccl" if any(Path("/dev").glob("nvidia[0-9]*")) else "gloo"
 def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack whose Ray has two GPUs that this box doesn't have."""
     state = tmp_path_factory.mktemp("gpus")
-    with running_stack(state, ray_gpus=2, stall_floor_s=STALL_FLOOR_S) as stack:
+    settings = {"stall_floor_s": STALL_FLOOR_S, "stop_grace_s": STOP_GRACE_S}
+    with running_stack(state, ray_gpus=2, **settings) as stack:
         yield stack
 
 
@@ -208,6 +217,62 @@ def test_what_a_rank_wrote_last_is_kept_when_rays_files_are_gone(gpus: Stack) ->
     assert any("Fatal Python error: Aborted" in text for text in last)
     assert any("trainer/loop.py" in text for text in last), "where it was"
     assert not any(secret in line.line for line in lines)
+
+
+def test_a_trainer_that_does_not_answer_is_stopped_by_force_and_nothing_stays(
+    gpus: Stack,
+) -> None:
+    """Its grace counts from the request, which another service took."""
+    endless = {**spec(2), "schedule": {"num_iterations": 1_000_000}}
+    with gpus.client() as client:
+        job = client.submit(endless).job
+        wait_for_checkpoint(client, job.id, 20)
+        ranks = [
+            each
+            for title, found in gpus.titles().items()
+            if title.startswith("ray::RayTrainWorker")
+            for each in found
+        ]
+        assert len(ranks) == 2
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)
+        asking = threading.Thread(target=lambda: cancelled(client, job.id), daemon=True)
+        asked = time.monotonic()
+        asking.start()
+        desired = pb.JOB_STATE_CANCELLED
+        wait_until(lambda: client.get(job.id).desired_state == desired, 20, "the wish")
+        time.sleep(STOP_GRACE_S / 2 - (time.monotonic() - asked))
+        gpus.kill_service()
+        gpus.start()
+    with gpus.client() as client:
+        answer = client.cancel(job.id)
+        took = time.monotonic() - asked
+        assert answer.job.state == pb.JOB_STATE_CANCELLED
+        found = re.search("stopped by force ([0-9]+) s after it was asked to", answer.job.reason)
+        assert found, answer.job.reason
+        assert STOP_GRACE_S <= int(found[1]) <= took + 1
+        assert answer.final_checkpoint.checkpoint == client.checkpoints(job.id)[0].ref
+        wait_for_an_empty_ray(gpus)
+        assert not any(is_alive(rank) for rank in ranks)
+        wait_until(lambda: not keepers(gpus), 30, "the keepers' end")
+        lines = [line.line for line in client.logs(job.id, attempt=1)]
+    assert all(any(f"rank {n} of 2" in line for line in lines) for n in (0, 1))
+
+
+def cancelled(client: Client, job_id: str) -> None:
+    """Cancel; the service that was asked may be gone before it answers."""
+    with contextlib.suppress(EverstepError):
+        client.cancel(job_id)
+
+
+def keepers(stack: Stack) -> list[psutil.Process]:
+    """Processes beside ranks, in whatever session."""
+    mark, found = f"{stack.state.resolve()}/parts:ray", []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and "trainer.keeper" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def logs_of(process: psutil.Process) -> Path:

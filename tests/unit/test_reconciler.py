@@ -38,6 +38,7 @@ STOPPED = AttemptResult(1, Outcome.STOPPED, "stopped as asked after step 5", 5, 
 LOST = AttemptResult(1, Outcome.WORKER_LOST, "the worker was killed", 3)
 STORE_AWAY = AttemptResult(1, Outcome.STORE_UNAVAILABLE, "the bucket is away", 0)
 FIRST = ("JOB1", 1)
+SAVE_GRACE_S = signs.STOP_GRACE_S + signs.SAVE_S
 ROOT = Path(__file__).parents[2]
 
 
@@ -318,14 +319,12 @@ async def test_a_stop_taken_back_after_the_host_heard_it_queues_the_job_again(
     assert await plane.states("JOB1") == ["QUEUED", "STARTING", "QUEUED", "STARTING"]
 
 
-async def test_a_host_that_never_stops_is_ended_by_force(
-    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_host_that_never_stops_is_ended_by_force(plane: ControlPlane) -> None:
     await running(plane)
     await plane.want("JOB1", Desired.CANCELLED)
     await plane.tick(2)
     assert not plane.cluster.killed
-    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
+    plane.reconciler.signs.stop_grace_s = 0.0
     await plane.tick()
     job = await plane.job("JOB1")
     assert job.state is JobState.CANCELLED
@@ -333,15 +332,13 @@ async def test_a_host_that_never_stops_is_ended_by_force(
     assert plane.cluster.killed == [FIRST]
 
 
-async def test_a_host_that_does_not_even_answer_is_ended_by_force(
-    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_host_that_does_not_even_answer_is_ended_by_force(plane: ControlPlane) -> None:
     await running(plane)
     plane.cluster.known[FIRST] = HostStatus(*FIRST, answered=False)
     await plane.want("JOB1", Desired.CANCELLED)
     await plane.tick(2)
     assert not plane.cluster.killed
-    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
+    plane.reconciler.signs.stop_grace_s = 0.0
     await plane.tick()
     assert (await plane.job("JOB1")).state is JobState.CANCELLED
 
@@ -351,7 +348,7 @@ async def test_a_host_that_does_not_even_answer_is_ended_by_force(
     [
         (220, 0, False),  # the last checkpoint's upload: 9.7 GB at 44 MB/s
         (FINAL_SAVE_S + FAILED_SAVE_S, 1, False),
-        (signs.SAVE_GRACE_S + 1, 0, True),  # it says something, but never comes to an end
+        (SAVE_GRACE_S + 1, 0, True),  # it says something, but never comes to an end
         (220, 121, True),
         (110, 220, False),  # nothing since it was asked, but that is not long ago
         (121, 220, True),
@@ -379,8 +376,8 @@ async def test_an_attempt_that_reports_has_time_for_its_last_checkpoint(
         (121, False, 5, False),  # it may still find the new service
         (121, False, 11, True),
         (121, True, 11, False),  # it saves, as it would have with the old one
-        (signs.SAVE_GRACE_S + 1, True, 11, False),  # it heard of the stop a moment ago
-        (signs.SAVE_GRACE_S + 1, True, 121, True),
+        (SAVE_GRACE_S + 1, True, 11, False),  # it heard of the stop a moment ago
+        (SAVE_GRACE_S + 1, True, 121, True),
     ],
 )
 async def test_a_stops_grace_counts_from_when_it_was_asked_whatever_service_heard_it(
@@ -421,7 +418,7 @@ async def test_a_wish_to_stop_is_dated_until_it_is_taken_back(plane: ControlPlan
 
 def test_whoever_waits_for_a_stop_waits_longer_than_who_does_it() -> None:
     """Trainer, service, client; and where the whole box stops: service, then Ray and the store."""
-    assert FINAL_SAVE_S + FAILED_SAVE_S < signs.SAVE_GRACE_S < client.STOP_S
+    assert FINAL_SAVE_S + FAILED_SAVE_S < SAVE_GRACE_S < client.STOP_S
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     graces = {name: parts.get("stop_grace_period", "0s") for name, parts in compose.items()}
     assert seconds(graces["service"]) > reconciler.SUSPEND_GRACE_S + server.STOP_GRACE_S
@@ -437,9 +434,7 @@ def seconds(duration: str) -> float:
 
 
 @pytest.mark.parametrize("lose_host", [True, False])
-async def test_a_second_pause_has_its_own_grace(
-    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, lose_host: bool
-) -> None:
+async def test_a_second_pause_has_its_own_grace(plane: ControlPlane, lose_host: bool) -> None:
     await running(plane)
     await plane.want("JOB1", Desired.PAUSED)
     await plane.tick()
@@ -451,7 +446,7 @@ async def test_a_second_pause_has_its_own_grace(
     job = await plane.job("JOB1")
     assert job.holds_resources
     await plane.want("JOB1", Desired.PAUSED)
-    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)  # the first pause's grace is long over
+    plane.reconciler.signs.stop_grace_s = 0.0  # the first pause's grace is long over
     await plane.tick()
     assert (await plane.job("JOB1")).state is job.state
     assert plane.cluster.stopped == [FIRST, ("JOB1", job.host_number)]

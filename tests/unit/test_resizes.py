@@ -174,11 +174,11 @@ async def test_a_service_that_goes_down_queues_a_job_that_it_was_resizing(
 
 
 async def test_a_job_that_does_not_stop_in_time_goes_on_in_its_new_place_by_force(
-    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+    plane: ControlPlane,
 ) -> None:
     await growing(plane)
     await plane.tick()
-    monkeypatch.setattr(signs, "STOP_GRACE_S", 0.0)
+    plane.reconciler.signs.stop_grace_s = 0.0
     await plane.tick()
     job = await plane.job("JOB1")
     assert (job.state, job.workers) == (JobState.STARTING, 2)
