@@ -9,7 +9,8 @@ TEST := $(BIN)/python -m pytest -q --durations=8
 HALVES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TORCHINDUCTOR_COMPILE_THREADS=1
 
 # Faults of single processes, one thread each; the others want the machine for themselves.
-PROCESS_FAULTS := tests/fault/test_exact_resume.py tests/fault/test_store_faults.py
+PROCESS_FAULTS := tests/fault/test_exact_resume.py tests/fault/test_store_faults.py \
+	tests/fault/test_durable_calls.py
 CHAOS_ROUNDS ?= 10
 FUZZ_ROUNDS ?= 10000
 
