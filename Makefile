@@ -42,15 +42,16 @@ test-all: test  ## and integration, fault and e2e tests: real Ray, SeaweedFS, Pr
 	$(call layer,e2e,$(TEST) -s tests/e2e)
 
 lint: setup  ## ruff, import rules, proto lint and breaking changes, Dockerfile, compose files
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/buf lint
-	$(BIN)/buf breaking --against proto/baseline.binpb
-	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck deploy/up deploy/bin/everstep-ray deploy/bin/everstep-service \
-		deploy/bin/everstep-store deploy/bin/stop-last examples/buf-curl .ci/run
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/worker.compose.yml
+	$(call layer,lint,$(BIN)/ruff check . \
+		&& $(BIN)/ruff format --check . \
+		&& $(BIN)/lint-imports \
+		&& $(BIN)/buf lint \
+		&& $(BIN)/buf breaking --against proto/baseline.binpb \
+		&& $(BIN)/hadolint Dockerfile \
+		&& $(BIN)/shellcheck deploy/up deploy/bin/everstep-ray deploy/bin/everstep-service \
+			deploy/bin/everstep-store deploy/bin/stop-last examples/buf-curl .ci/run \
+		&& $(BIN)/check-jsonschema --builtin-schema vendor.compose-spec \
+			docker-compose.yml deploy/worker.compose.yml)
 
 fmt: setup  ## format
 	$(BIN)/ruff check --fix .
