@@ -117,7 +117,7 @@ async def store(folder: Path) -> None:
     upkeep = Upkeep(DrainStore(database))
     nodes = upkeep.mark([box(n) for n in range(128)])
     told = (lambda: nodes, time.time)
-    cluster = Cluster(jobs, records, *told, metrics.samples, upkeep, lambda: None)
+    cluster = Cluster(jobs, records, *told, metrics.samples, upkeep, lambda: None, lambda job: job)
     cpu = time.process_time()
     answer = await cluster.look()
     busy_ms = (time.process_time() - cpu) * 1e3

@@ -228,7 +228,9 @@ async def _compose(
     signs = Signs(settings.stop_grace_s)
     reconciler = Reconciler(jobs, cluster, metrics, host_config, upkeep.mark, signs)
     storage = Storage(store, settings.data_roots)
-    lifecycle = Lifecycle(database, storage, lambda: reconciler.nodes, reconciler.wake)
+    lifecycle = Lifecycle(
+        database, storage, lambda: reconciler.nodes, reconciler.wake, reconciler.explained
+    )
     deletions = Deletions(lifecycle, jobs, DeletionStore(database), storage, metrics)
     server = Server(
         Gate(keyring, secret, metrics),
@@ -249,6 +251,7 @@ async def _compose(
                 metrics.samples,
                 upkeep,
                 reconciler.wake,
+                reconciler.explained,
             ),
         ),
         RunServicer(jobs, records, metrics, reconciler.directive),

@@ -36,10 +36,11 @@ class Cluster:
         samples: Mapping[str, tuple[str, Sequence[pb.DeviceSample]]],
         upkeep: Upkeep,
         wake: Callable[[], None],
+        explained: Callable[[Job], Job],
     ) -> None:
         """nodes: the cluster's, None while unknown. seen_at: since when. samples: see Metrics.
 
-        wake: makes the reconciler look now.
+        wake: makes the reconciler look now. explained: a job with the reason why it waits.
         """
         self._jobs = jobs
         self._records = records
@@ -48,6 +49,7 @@ class Cluster:
         self._samples = samples
         self._upkeep = upkeep
         self._wake = wake
+        self._explained = explained
 
     async def look(self) -> pb.GetClusterResponse:
         """All machines; ClusterAwayError while none is known."""
@@ -61,7 +63,7 @@ class Cluster:
             seen_time=convert.timestamp(self._seen_at()),
             waiting=[
                 pb.WaitingJob(job_id=job.id, job_name=job.spec.name, reason=job.reason)
-                for job in queued
+                for job in map(self._explained, queued)
             ],
         )
 

@@ -60,8 +60,12 @@ class Lifecycle:
         storage: Storage,
         nodes: Callable[[], Sequence[Node] | None],
         wake: Callable[[], None],
+        explained: Callable[[Job], Job],
     ) -> None:
-        """nodes: the cluster's, None while unknown. wake: makes the reconciler look now."""
+        """nodes: the cluster's, None while unknown. wake: makes the reconciler look now.
+
+        explained: a job with the reason why it waits.
+        """
         self._database = database
         self._jobs = JobStore(database)
         self._records = RecordStore(database)
@@ -70,6 +74,7 @@ class Lifecycle:
         self._storage = storage
         self._planner = Planner(self._jobs, self._records, storage, nodes)
         self._wake = wake
+        self._explained = explained
 
     async def plan(self, data: Mapping[str, Any], inherit: bool, device: str = "") -> Resolved:
         """Resolve and plan a spec; see Planner.plan."""
@@ -136,13 +141,14 @@ class Lifecycle:
         view = await self._jobs.view(job_id)
         if view is None:
             raise JobNotFoundError(f"no job {job_id!r}")
-        return view
+        return replace(view, job=self._explained(view.job))
 
     async def page(
         self, states: Collection[JobState], before: int | None, limit: int
     ) -> list[JobView]:
         """Jobs newest first, those submitted before a submission number."""
-        return await self._jobs.page(states, before, limit)
+        views = await self._jobs.page(states, before, limit)
+        return [replace(view, job=self._explained(view.job)) for view in views]
 
     async def watch(self, job_id: str, cursor: int) -> AsyncIterator[Record]:
         """A job's records after cursor, as they come; ends when the job is final."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,10 @@ from service.jobs import Desired, Job
 from service.metrics import Metrics
 from service.placement import Node, Placement
 from service.ray_cluster import HostStatus, RayCluster
-from service.scheduler import Move, decide, rank, settle
+from service.scheduler import Move, decide, settle
 from service.signs import Signs
 from service.store import JobStore
+from service.waiting import Waiting, rank
 from trainer.contract.outcome import (
     RESTART_WINDOW_S,
     AttemptResult,
@@ -80,6 +81,7 @@ class Reconciler:
         self._hosts_lost: dict[str, tuple[int, float]] = {}  # job id -> how many, when the last
         self._stopping: dict[str, Move] = {}  # job id -> where it goes on once it has stopped
         self.signs = signs or Signs()
+        self._waiting: Mapping[str, str] = {}
         self._suspending = False
         self.nodes: tuple[Node, ...] | None = None
         self.seen_at = 0.0  # when Ray told of them
@@ -92,6 +94,11 @@ class Reconciler:
         """What the attempt of a job should be told; it reported a moment ago."""
         self.signs.hear(job.id)
         return pb.DIRECTIVE_STOP if self._stops(job) else pb.DIRECTIVE_UNSPECIFIED
+
+    def explained(self, job: Job) -> Job:
+        """The job with why it waits, where it does, by the last decision; that is kept nowhere."""
+        waits = job.state is JobState.QUEUED and job.desired is Desired.RUNNING
+        return replace(job, reason=self._waiting.get(job.id, job.reason)) if waits else job
 
     def _stops(self, job: Job) -> bool:
         """Whether its attempt should end, whatever becomes of the job then."""
@@ -134,8 +141,7 @@ class Reconciler:
             self._metrics.cluster_up.set(0)
             log.warning("%s", error)
             queued = [] if self._suspending else _queued(await self._jobs.unfinished())
-            for place, job in enumerate(sorted(queued, key=rank), start=1):
-                await self._explain(job, f"place {place} in the queue: the cluster does not answer")
+            self._waiting = Waiting(queued, lambda _: ": the cluster does not answer")
 
     async def tick(self) -> None:
         """One look at everything; ClusterAwayError where Ray doesn't answer."""
@@ -334,15 +340,9 @@ class Reconciler:
         if decision.stop:
             self._stopping |= {move.job.id: move for move in decision.stop}
             self.wake()  # they hear it at the next tick, which may as well be now
-        for job in queued:
-            await self._explain(job, decision.waiting.get(job.id, job.reason))
+        self._waiting = decision.waiting
         for move in decision.start:
             await self._start(move.job, move.reason)
-
-    async def _explain(self, job: Job, reason: str) -> None:
-        """Why a job waits; no event, for it changes with every place."""
-        if reason != job.reason:
-            await self._jobs.change(job, replace(job, reason=reason))
 
     async def _start(self, job: Job, reason: str) -> bool:
         """Number the next host first, then start it: a crash in between costs one number.

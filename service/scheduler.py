@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from service.jobs import Job
 from service.placement import Capacity, Node, Placement, Room, whole
+from service.waiting import Waiting, rank
 from trainer.contract.devices import plain
 from trainer.contract.spec import ResourcesSpec, Sizing
 from trainer.contract.states import JobState
@@ -40,7 +41,7 @@ class Decision:
 
     start: tuple[Move, ...]
     stop: tuple[Move, ...]
-    waiting: dict[str, str]
+    waiting: Mapping[str, str]
 
 
 def worker_of(resources: ResourcesSpec) -> Capacity:
@@ -109,17 +110,16 @@ def decide(
     this = _Round(holding, nodes, leaving or {}, now)
     for job in this.staying:
         this.leave_lost_nodes(job)
-    order = sorted(queued, key=rank)
-    places = {job.id: place for place, job in enumerate(order, start=1)}
-    for priority in sorted({job.spec.priority for job in (*queued, *holding)}, reverse=True):
-        group = [job for job in order if job.spec.priority == priority]
-        for job in group:
-            this.admit(job, places[job.id])
-        begun = [this.start[job.id].job for job in group if job.id in this.start]
+    groups: dict[int, list[Job]] = {}
+    for job in queued:
+        groups.setdefault(job.spec.priority, []).append(job)
+    for priority in sorted(groups.keys() | {j.spec.priority for j in this.staying}, reverse=True):
+        begun = this.admit(groups.get(priority, ()))
         trains = [job for job in this.staying if job.spec.priority == priority]
         for job in sorted(begun + trains, key=rank):
             this.grow(job)
-    return Decision(tuple(this.start.values()), tuple(this.stop.values()), this.waiting)
+    waiting = Waiting(queued, this.why, this.start.keys())
+    return Decision(tuple(this.start.values()), tuple(this.stop.values()), waiting)
 
 
 def settle(job: Job, others: Iterable[Job], nodes: Sequence[Node]) -> Job | None:
@@ -149,11 +149,6 @@ def _no_more_than(job: Job) -> list[int]:
 def _gives(job: Job) -> bool:
     """Whether it gives workers back for a queued job."""
     return job.spec.resources.workers.policy is Sizing.ELASTIC
-
-
-def rank(job: Job) -> tuple[int, int]:
-    """Before whom it comes: by priority, then submission."""
-    return -job.spec.priority, job.submission
 
 
 def _held(job: Job, room: Room) -> Placement:
@@ -197,8 +192,8 @@ class _Round:
                 self.staying.append(replace(job, placement=held))
         self.start: dict[str, Move] = {}
         self.stop: dict[str, Move] = {}
-        self.waiting: dict[str, str] = {}
         self._blocked: Job | None = None
+        self._lacks = ""  # of the blocked one
 
     def leave_lost_nodes(self, job: Job) -> None:
         """A job on a node that is gone or drained goes on elsewhere, on no more workers."""
@@ -210,28 +205,49 @@ class _Round:
         placement = _largest(room, job, _no_more_than(job)) or ()
         self._move(job, placement, f"{len(lost)} of its workers lost, or must leave, their node")
 
-    def admit(self, job: Job, place: int) -> None:
-        """Start a queued job unless one before it waits; see who could make way for it."""
-        numbers, worker = numbers_of(job), worker_of(job.spec.resources)
-        where = f"place {place} in the queue"
-        if self._empty.slots(worker) < numbers[0]:
-            # What can't run until the cluster grows back must not keep others from running.
-            lacks = shortfall(job.spec.resources, numbers[0], self._nodes)
-            self.waiting[job.id] = f"{where}: {'; '.join(lacks.values())}"
-        elif self._blocked is not None:
-            self.waiting[job.id] = f"{where}, behind job {self._blocked.id}"
-        elif placement := _largest(self._room, job, numbers[:1] if _gives(job) else numbers):
+    def admit(self, group: Iterable[Job]) -> list[Job]:
+        """Start queued jobs of one priority, up to the first that waits for others to end.
+
+        Returns those that start; see who could make way for that one.
+        """
+        begun: list[Job] = []
+        if self._blocked is not None:
+            return begun
+        for job in sorted(group, key=rank):
+            numbers = numbers_of(job)
+            if self._never(job, numbers[0]):
+                continue  # what can't run until the cluster grows back keeps no others from running
+            placement = _largest(self._room, job, numbers[:1] if _gives(job) else numbers)
+            if not placement:
+                self._block(job, numbers[0])
+                break
             self._begin(job, placement)
-        else:
-            self._blocked = job
-            free, total = self._room.free(worker), self._empty.free(worker)
-            need = _words(worker.times(numbers[0]))
-            self.waiting[job.id] = (
-                f"{where}: needs {need}, free are {free.gpus} and {free.cpus} of "
-                f"{total.gpus} and {total.cpus}"
-            )
-            if asked := self._make_way(job):
-                self.waiting[job.id] = f"{where}: {', '.join(asked)} makes way for it"
+            begun.append(self.start[job.id].job)
+        return begun
+
+    def why(self, job: Job) -> str:
+        """Why a queued job that doesn't start waits, in words that follow its place."""
+        if self._never(job, least := numbers_of(job)[0]):
+            return f": {'; '.join(shortfall(job.spec.resources, least, self._nodes).values())}"
+        assert self._blocked is not None, "it would have started"
+        behind = f", behind job {self._blocked.id}"
+        return self._lacks if job.id == self._blocked.id else behind
+
+    def _never(self, job: Job, least: int) -> bool:
+        """Whether not even the empty cluster holds it."""
+        return self._empty.slots(worker_of(job.spec.resources)) < least
+
+    def _block(self, job: Job, least: int) -> None:
+        """The first that waits for others to end: nobody behind it starts."""
+        worker = worker_of(job.spec.resources)
+        self._blocked = job
+        free, total = self._room.free(worker), self._empty.free(worker)
+        need = _words(worker.times(least))
+        self._lacks = (
+            f": needs {need}, free are {free.gpus} and {free.cpus} of {total.gpus} and {total.cpus}"
+        )
+        if asked := self._make_way(job):
+            self._lacks = f": {', '.join(asked)} makes way for it"
 
     def grow(self, job: Job) -> None:
         """Let a job have what no queued job of at least its priority can use."""

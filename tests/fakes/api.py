@@ -133,6 +133,7 @@ async def served(
                     plane.metrics.samples,
                     plane.upkeep,
                     plane.reconciler.wake,
+                    plane.reconciler.explained,
                 ),
             ),
             RunServicer(plane.jobs, plane.records, plane.metrics, plane.reconciler.directive),

@@ -93,6 +93,7 @@ class ControlPlane:
             self.storage,
             lambda: self.reconciler.nodes,
             self.reconciler.wake,
+            self.reconciler.explained,
         )
 
     async def add(self, job: Job) -> Job:
@@ -103,7 +104,7 @@ class ControlPlane:
         """The job as it stands."""
         found = await self.jobs.get(job_id)
         assert found is not None
-        return found
+        return self.reconciler.explained(found)
 
     async def want(self, job_id: str, desired: Desired) -> None:
         """What a user's call does first."""

@@ -678,6 +678,23 @@ async def test_what_is_queued_says_its_place_and_that_the_cluster_does_not_answe
     }
 
 
+async def test_places_that_change_are_told_and_write_nothing(plane: ControlPlane) -> None:
+    """Whoever waits behind ten thousand others must not cost a write a tick."""
+    await started(plane)
+    for number in (2, 3, 4):
+        await plane.add(new_job(number))
+    await plane.tick(2)
+    waits = await plane.job("JOB4")
+    assert waits.reason == "place 2 in the queue, behind job JOB3"
+    plane.cluster.ends(FIRST, COMPLETED)
+    await plane.tick(2)
+    closer = await plane.job("JOB4")
+    assert closer.reason.startswith("place 1 in the queue: needs 0 GPU and 2 CPU")
+    assert closer.version == waits.version == 0
+    (listed,) = [view.job for view in await plane.lifecycle.page([JobState.QUEUED], None, 10)]
+    assert listed == closer == (await plane.lifecycle.get("JOB4")).job
+
+
 async def test_a_job_set_aside_for_the_clusters_restart_keeps_its_reason(
     plane: ControlPlane,
 ) -> None:

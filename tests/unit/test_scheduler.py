@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from service import scheduler
 from service.jobs import Job
 from service.placement import Node
 from service.scheduler import Decision, Move, decide, settle, shortfall
@@ -61,6 +62,22 @@ def test_a_small_job_never_overtakes_a_large_one_that_waits() -> None:
     decision = decide([job(1, 4), job(2, 1)], [job(9, 1)], cluster(0, 4))
     assert decision.start == ()
     assert decision.waiting["JOB2"] == "place 2 in the queue, behind job JOB1"
+
+
+def test_a_decision_looks_at_nobody_behind_the_first_that_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[Job] = []
+    monkeypatch.setattr(
+        scheduler, "numbers_of", lambda job: looked.append(job) or job.spec.possible_workers
+    )
+    queued = [job(number, 1, priority=number % 3) for number in range(1, 1001)]
+    decision = decide(queued, [], cluster(0, 4))
+    assert len(looked) < 20
+    assert len(decision.waiting) == 996
+    assert len(looked) < 20, "also counting them needs no reason"
+    last = decision.waiting["JOB999"]
+    assert last == "place 1000 in the queue, behind job JOB14"
 
 
 def test_gpus_and_cpus_both_count() -> None:
