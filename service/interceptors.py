@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -53,9 +53,19 @@ MESSAGE_BYTES = 500
 DETAILS_BYTES = 4000
 FIELD_OVERHEAD_BYTES = 8
 
-# Streams at once, by who opens them: people by a token (None), attempts, anybody. Each costs some
-# memory, and nobody can take the room of another kind: an attempt that isn't heard counts for dead.
-MAX_STREAMS: dict[Other | None, int] = {None: 1000, Other.ATTEMPT: 1000, Other.OPEN: 100}
+WAIT = "wait"
+WAITS = {
+    f"/everstep.v1.TrainingService/{name}" for name in ("PauseJob", "CancelJob", "DrainNode")
+}  # they answer once jobs have stopped, minutes later
+# Streams at once, by who opens them: people by a token (None), attempts, anybody; and calls that
+# wait. Each costs some memory, and nobody can take the room of another kind: an attempt that isn't
+# heard counts for dead.
+MAX_OPEN: dict[Other | str | None, int] = {
+    None: 1000,
+    Other.ATTEMPT: 1000,
+    Other.OPEN: 100,
+    WAIT: 500,
+}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -71,7 +81,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._keyring = keyring
         self._secret = secret
         self._metrics = metrics
-        self._open = Counter[Other | None]()
+        self._open = Counter[Other | str | None]()
 
     async def intercept_service(
         self,
@@ -81,11 +91,17 @@ class Gate(grpc.aio.ServerInterceptor):
         """Wrap the method's handler."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return handler
+            return grpc.stream_stream_rpc_method_handler(self._unknown)
         method = handler_call_details.method
         if handler.response_streaming:
             return _rebuild(handler, self._streaming(method, handler))
         return _rebuild(handler, self._unary(method, handler))
+
+    async def _unknown(self, _requests: Any, context: Context) -> AsyncIterator[Any]:
+        """Nobody answers such a call; gRPC itself would say so without details."""
+        self._metrics.rpcs.labels(method="unknown", code="UNIMPLEMENTED").inc()
+        await _abort(context, *describe(NotImplementedError()))
+        yield  # never reached: what makes this a stream, as every call may be
 
     def _unary(self, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
         inner, decode = handler.stream_unary or handler.unary_unary, _decoder(handler)
@@ -94,7 +110,8 @@ class Gate(grpc.aio.ServerInterceptor):
             with self._timed(method) as outcome:
                 try:
                     self._admit(method, context)
-                    return await inner(decode(request), context)
+                    with self._counted(WAIT) if method in WAITS else nullcontext():
+                        return await inner(decode(request), context)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -111,7 +128,8 @@ class Gate(grpc.aio.ServerInterceptor):
             code = "OK"
             try:
                 self._admit(method, context)
-                with self._counted(method):
+                rule = RULES.get(method)
+                with self._counted(rule if isinstance(rule, Other) else None):
                     admitted = self._keyring.version
                     answers = inner(decode(request), context)
                     if inspect.iscoroutine(answers):  # health's Watch writes by itself
@@ -147,13 +165,11 @@ class Gate(grpc.aio.ServerInterceptor):
             self._metrics.rpc_seconds.labels(**labels).observe(time.monotonic() - began)
 
     @contextmanager
-    def _counted(self, method: str) -> Iterator[None]:
-        """One of the streams that may be open at once; BusyError past the last."""
-        rule = RULES.get(method)
-        kind = rule if isinstance(rule, Other) else None
-        if self._open[kind] >= MAX_STREAMS[kind]:
-            most = MAX_STREAMS[kind]
-            raise errors.BusyError(f"{most} streams of such callers are open already; end some")
+    def _counted(self, kind: Other | str | None) -> Iterator[None]:
+        """One of the calls of a kind that may be open at once; BusyError past the last."""
+        if self._open[kind] >= MAX_OPEN[kind]:
+            what = "calls that wait for jobs" if kind == WAIT else "streams of such callers"
+            raise errors.BusyError(f"{MAX_OPEN[kind]} {what} are open already; end some")
         self._open[kind] += 1
         try:
             yield
@@ -233,7 +249,7 @@ def describe(error: Exception) -> tuple[grpc.StatusCode, str, list[Any]]:
             return code, str(error), [_info(error.reason)]
     if isinstance(error, NotImplementedError):  # from the generated base class
         code = grpc.StatusCode.UNIMPLEMENTED
-        return code, "a later release answers this call", [_info(code.name)]
+        return code, "this release has no such call", [_info(code.name)]
     number = secrets.token_hex(4)
     log.error("internal error %s", number, exc_info=error)
     code = grpc.StatusCode.INTERNAL

@@ -7,7 +7,9 @@ sent. A report never changes what is desired; it moves a job from STARTING to RU
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import grpc
@@ -15,12 +17,14 @@ import grpc
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
 from service import convert, events
-from service.errors import ForbiddenError, InvalidRequestError, JobNotFoundError
+from service.errors import BusyError, ForbiddenError, InvalidRequestError, JobNotFoundError
 from service.interceptors import caller
 from service.jobs import Attempt, Job
 from service.metrics import Metrics
 from service.store import JobStore, NewRecord, RecordStore
 from trainer.contract.states import JobState
+
+MAX_STREAMS = 4  # of one attempt
 
 
 class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
@@ -37,6 +41,7 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
         self._records = records
         self._metrics = metrics
         self._directive = directive
+        self._open = Counter[tuple[str, int]]()
 
     async def Report(  # noqa: N802 - gRPC's name
         self,
@@ -44,14 +49,28 @@ class RunServicer(rpc.RunServiceServicer):  # type: ignore[misc]
         _context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[pb.ReportResponse]:
         hello: pb.Hello | None = None
-        async for request in requests:
-            if hello is None:
-                hello = self._greet(request)
-                upto = await self._begin(hello)
-            else:
-                upto = await self._take(hello, request.entries)
-            job = await self._job(hello.job_id)
-            yield pb.ReportResponse(acknowledged_sequence=upto, directive=self._directive(job))
+        with ExitStack() as cleanup:
+            async for request in requests:
+                if hello is None:
+                    hello = self._greet(request)
+                    cleanup.enter_context(self._counted((hello.job_id, hello.attempt)))
+                    upto = await self._begin(hello)
+                else:
+                    upto = await self._take(hello, request.entries)
+                job = await self._job(hello.job_id)
+                yield pb.ReportResponse(acknowledged_sequence=upto, directive=self._directive(job))
+
+    @contextmanager
+    def _counted(self, who: tuple[str, int]) -> Iterator[None]:
+        """One of an attempt's streams: it has one, and those that the network has not let go of."""
+        if self._open[who] >= MAX_STREAMS:
+            raise BusyError(f"{MAX_STREAMS} streams of this attempt are open already")
+        self._open[who] += 1
+        try:
+            yield
+        finally:
+            self._open[who] -= 1
+            self._open = +self._open  # without those that have none
 
     def _greet(self, request: pb.ReportRequest) -> pb.Hello:
         if not request.HasField("hello"):

@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
-from service import interceptors, servicer
-from service.access import Other
+from service import interceptors, reports, servicer
+from service.access import RULES, Other
 from tests.fakes.api import ADMIN, Api, bearer, credential, hello, reason, served
 from tests.fakes.control_plane import TINY, changed
 
@@ -86,7 +86,7 @@ STREAMS = {
 async def test_so_many_streams_are_open_at_once_and_one_that_ends_makes_room(
     api: Api, monkeypatch: pytest.MonkeyPatch, method: str, kind: Other | None
 ) -> None:
-    monkeypatch.setitem(interceptors.MAX_STREAMS, kind, 2)
+    monkeypatch.setitem(interceptors.MAX_OPEN, kind, 2)
     job_id = (await api.submit()).job.id
     first, second = opened(api, method, job_id), opened(api, method, job_id)
     for call in (first, second):
@@ -109,6 +109,74 @@ async def test_so_many_streams_are_open_at_once_and_one_that_ends_makes_room(
             await asyncio.sleep(0.01)
     for call in (second, third, *others):
         call.cancel()
+
+
+@pytest.mark.parametrize("method", ["PauseJob", "CancelJob"])
+async def test_so_many_calls_wait_for_a_job_at_once_and_others_are_answered(
+    api: Api, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setitem(interceptors.MAX_OPEN, interceptors.WAIT, 2)
+    assert interceptors.WAITS <= set(RULES)
+    job_id = (await api.submit()).job.id
+    await api.plane.tick()
+    request = getattr(pb, f"{method}Request")(job_id=job_id)
+    waiting = [asyncio.create_task(api.call(method, request)) for _ in range(2)]
+    async with asyncio.timeout(20):
+        while api.gate._open[interceptors.WAIT] < 2:
+            await asyncio.sleep(0.01)
+    error = await api.refused(method, request)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason(error) == "BUSY"
+    await api.call("GetJob", pb.GetJobRequest(job_id=job_id))
+    api.plane.cluster.lose((job_id, 1))
+    await api.plane.tick()
+    for call in waiting:
+        await call
+    assert (await api.call(method, request)).job.id == job_id, "one that ends makes room"
+
+
+async def test_an_attempt_has_a_few_streams_and_takes_nobody_elses(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "MAX_STREAMS", 2)
+    job_id, other = [(await api.submit()).job.id for _ in range(2)]
+    kept = [opened(api, "Report", job_id) for _ in range(2)]
+    for call in kept:
+        await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await opened(api, "Report", job_id).read()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason(caught.value) == "BUSY"
+    kept.append(opened(api, "Report", other))
+    await kept[-1].read()
+    kept.pop(0).cancel()
+    async with asyncio.timeout(20):
+        while True:  # the server hears of the cancellation a moment later
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                kept.append(opened(api, "Report", job_id))
+                await kept[-1].read()
+                break
+            await asyncio.sleep(0.01)
+    for call in kept:
+        call.cancel()
+
+
+@pytest.mark.parametrize("shape", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+@pytest.mark.parametrize("token", [None, ADMIN])
+async def test_a_call_that_nobody_knows_is_refused_with_details(
+    api: Api, shape: str, token: str | None
+) -> None:
+    names = ["everstep.v1.TrainingService/Nonsense", "nobody.Service/Call"]
+    for name in names:
+        call: Any = getattr(api.channel, shape)(f"/{name}")
+        request = iter([b"anything"]) if shape.startswith("stream") else b"anything"
+        called = call(request, metadata=bearer(token) if token else (), timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await (called.read() if shape.endswith("stream") else called)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert reason(caught.value) == "UNIMPLEMENTED"
+    labels = {"method": "unknown", "code": "UNIMPLEMENTED"}
+    assert api.plane.metrics.rpcs.labels(**labels)._value.get() == 2
 
 
 @pytest.mark.parametrize(

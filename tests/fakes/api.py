@@ -60,6 +60,7 @@ class Api:
     channel: grpc.aio.Channel
     training: Any
     server: Server
+    gate: Gate
 
     async def call(self, method: str, request: Any, token: str | None = ADMIN) -> Any:
         metadata = bearer(token) if token is not None else ()
@@ -114,8 +115,9 @@ async def served(
         deletions = Deletions(
             plane.lifecycle, plane.jobs, plane.deletions, plane.storage, plane.metrics
         )
+        gate = Gate(keyring, SECRET, plane.metrics)
         server = Server(
-            Gate(keyring, SECRET, plane.metrics),
+            gate,
             TrainingServicer(
                 plane.lifecycle,
                 plane.storage,
@@ -142,7 +144,7 @@ async def served(
         address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
         try:
             async with _channel(address, tls) as channel:
-                yield Api(plane, address, channel, rpc.TrainingServiceStub(channel), server)
+                yield Api(plane, address, channel, rpc.TrainingServiceStub(channel), server, gate)
         finally:
             await server.stop()
             await deletions.close()
