@@ -22,6 +22,8 @@ from everstep.errors import ServiceUnreachableError, from_rpc
 from everstep.v1 import everstep_pb2_grpc as rpc
 
 DEFAULT_STATE = ".everstep"
+# A watch whose peer has silently gone is noticed within 40 s: how often we ask, how long we wait.
+KEEPALIVE_MS = (30_000, 10_000)
 LOOPBACK = ("127.", "localhost", "[::1]")
 NO_SERVICE = "set EVERSTEP_ADDRESS, or start one here: everstep serve --standalone"
 
@@ -132,9 +134,10 @@ def _channel(endpoint: Endpoint) -> grpc.Channel:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect may take
         ("grpc.max_reconnect_backoff_ms", 2_000),
-        # A watch whose peer has silently gone is noticed within 40 s.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS[0]),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_MS[1]),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS[1]),  # what counts; a minute otherwise
+        ("grpc.http2.max_pings_without_data", 0),  # a watch may be silent: else one a minute
         ("grpc.max_receive_message_length", 64 << 20),
     ]
     if endpoint.address.startswith(LOOPBACK):  # http_proxy is never meant for this machine
