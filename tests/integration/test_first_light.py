@@ -5,6 +5,7 @@ Real gRPC, Ray Train, SeaweedFS and Prometheus. The tests run in order on one st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import urllib.parse
@@ -28,6 +29,7 @@ from tests.stack import (
     wait_for_state,
     wait_until,
 )
+from trainer.contract.credential import AttemptIdentity, attempt_credential, host_key
 from trainer.contract.scaling import param_groups
 from trainer.contract.shape import ModelShape
 from trainer.contract.spec import JobSpec
@@ -208,6 +210,68 @@ def test_a_real_prometheus_answers_what_a_user_asks(
         assert ask('everstep_jobs{state="running"}')[0]["value"][1] == "1"
         assert ask("everstep_cluster_up")[0]["value"][1] == "1"
     client.cancel(job.id)
+
+
+def test_no_secret_is_in_any_log_event_metric_or_the_database(
+    client: Client, stack: Stack, disturbed: pb.Job
+) -> None:
+    """What the jobs before left, searched for everything that opens a door."""
+    jobs = [client.get(job.id) for job in client.list()]
+    texts = {
+        "metrics": urllib.request.urlopen(stack.facts["metrics_url"]).read(),
+        **{f"the stream of {job.id}": stream(client, job.id) for job in jobs},
+        **{f"argv of {each.pid}": argv(each) for each in stack.processes()},
+        **{
+            f"object {item['Key']}": body(stack, item["Key"])
+            for item in objects(stack, "jobs/")
+            if item["Key"].endswith((".json", ".jsonl"))
+        },
+    }
+    scratch = Path(psutil.Process(stack.part_pid("ray")).environ()["TMPDIR"])
+    files = [*stack.state.glob("everstep.db*"), *stack.state.rglob("*.log")]
+    files += [path for path in scratch.rglob("logs/**/*") if path.is_file()]
+    texts |= {str(path): path.read_bytes() for path in files}
+    for expected in ("everstep.db", "service.log", "ray.log", "raylet", ".err", "logs/1/00000/"):
+        assert any(expected in place for place in texts), expected
+    known = disturbed.id.encode()
+    assert sum(known in text for text in texts.values()) > 10, "the search finds what is there"
+    for name, secret in secrets_of(stack, jobs).items():
+        assert len(secret) >= 16, name
+        where = [place for place, text in texts.items() if secret.encode() in text]
+        assert where == [], f"{name} is in {where}"
+
+
+def secrets_of(stack: Stack, jobs: list[pb.Job]) -> dict[str, str]:
+    """All that a caller of the service, of Ray or of the store would need, by name."""
+    wiring = stack.wiring
+    names = ("s3_access_key", "s3_secret_key", "admin_token", "secret", "ray_token")
+    found = {name: wiring[name] for name in names}
+    for job in jobs:
+        for host in range(1, 4):
+            key = host_key(bytes.fromhex(wiring["secret"]), job.id, host)
+            found[f"key of host {host} of {job.id}"] = key
+            for attempt in job.attempts:
+                identity = AttemptIdentity(job.id, host, attempt.number)
+                found[f"credential of {identity}"] = attempt_credential(key, identity)
+    return found
+
+
+def stream(client: Client, job_id: str) -> bytes:
+    """All that a watcher of an ended job gets."""
+    return b"\n".join(record.SerializeToString() for record in client.watch(job_id))
+
+
+def argv(process: psutil.Process) -> bytes:
+    """What anybody on the machine sees of a process."""
+    with contextlib.suppress(psutil.Error):
+        return "\0".join(process.cmdline()).encode()
+    return b""
+
+
+def body(stack: Stack, key: str) -> bytes:
+    """An object of the bucket."""
+    found: bytes = s3(stack).get_object(Bucket="everstep", Key=key)["Body"].read()
+    return found
 
 
 def job_rates(client: Client) -> list[pb.GroupValues]:
