@@ -258,6 +258,7 @@ def our_side(case: Case, pipe: Connection) -> None:
     from trainer.loop import Loop, Parts
     from trainer.optim import Optimizer
     from trainer.runtime import prepare, settle
+    from trainer.sums import GradientSums
 
     spec = case.spec()
     shape = ModelShape.of(spec.model, case.vocabulary)
@@ -345,6 +346,7 @@ def our_side(case: Case, pipe: Connection) -> None:
         learn=learn,
         settle=settle,
         optimizer=optimizer,
+        sums=GradientSums(World(), ()),
         schedule=Schedule(spec.schedule, groups),
         batches=Turns(),
         reporter=reporter,

@@ -31,6 +31,7 @@ from trainer.distributed import World
 from trainer.gpt import GPT
 from trainer.optim import Optimizer, clip_grad_norm
 from trainer.runtime import prepare
+from trainer.sums import GradientSums
 
 VOCAB_SIZE = 32768
 WARM_STEPS = 2
@@ -129,21 +130,24 @@ def work(
     model.compile_loss()
     sharing = world if name == SHARED else World()
     optimizer = Optimizer(model, groups, runtime.compute_dtype, compile=True, world=sharing)
+    sums = GradientSums(sharing, optimizer.owned(lambda parameter: parameter))
+    model.tell_added(sums.added)
     schedule = Schedule(spec.schedule, groups)
     generator = torch.Generator().manual_seed(rank)
     batch = (spec.batch.device_batch_size, spec.model.max_seq_len + 1)
     micro_steps = spec.batch.total_batch_size // (batch[0] * spec.model.max_seq_len * size)
     while orders.recv():
         marks = [time.perf_counter()]
-        for _ in range(micro_steps):
+        for left in reversed(range(micro_steps)):
+            if not left and name == SHARED:
+                sums.last()
             ids_BT = torch.randint(0, VOCAB_SIZE, batch, generator=generator)
             model.learn(ids_BT[:, :-1], ids_BT[:, 1:], 1.0 / (micro_steps * size))
         marks.append(time.perf_counter())
-        gradients = optimizer.owned(lambda parameter: parameter.grad)
         if name == SHARED:
-            world.sum_at_owner_(gradients)
+            sums.finish()
         else:
-            world.sum_(each for each, _ in gradients)
+            world.sum_(each.grad for each in model.parameters() if each.grad is not None)
         marks.append(time.perf_counter())
         clip_grad_norm(optimizer.own_parameters, world=sharing)
         optimizer.apply(schedule.at(0))

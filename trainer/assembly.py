@@ -34,6 +34,7 @@ from trainer.storage.documents import sha256_hex
 from trainer.storage.manifest import JobDocument
 from trainer.storage.object_store import open_store
 from trainer.storage.retention import Retention
+from trainer.sums import GradientSums
 from trainer.versions import running_versions
 
 SAMPLE_PROMPT = "The "
@@ -73,15 +74,20 @@ class Blueprint:
         in_force = InForce.from_dict(told) if told is not None else None
         return Schedule(self.spec.schedule, self.groups, self.start_step, in_force)
 
-    def model(self, runtime: Runtime, world: World) -> tuple[GPT, Optimizer]:
-        """Fresh weights and this rank's share of their optimizer, on the device."""
+    def model(self, runtime: Runtime, world: World) -> tuple[GPT, Optimizer, GradientSums]:
+        """Fresh weights and this rank's share of their optimizer, on the device; what adds up their
+        gradients.
+        """
         model = GPT(self.shape, runtime.compute_dtype, runtime.embedding_dtype)
         model.init_weights(self.spec.start.init_seed)
         model.to(runtime.device)
         if runtime.compile:
             model.compile_loss()
         compute = runtime.compute_dtype
-        return model, Optimizer(model, self.groups, compute, runtime.compile, world)
+        optimizer = Optimizer(model, self.groups, compute, runtime.compile, world)
+        sums = GradientSums(world, optimizer.owned(lambda parameter: parameter))
+        model.tell_added(sums.added)
+        return model, optimizer, sums
 
     def shard_reader(self, cache: Path) -> ShardReader:
         """The job's shards; for one thread."""

@@ -169,7 +169,7 @@ def _run(
     hardware = look(runtime.device)  # before anything of ours takes its memory
     validation = blueprint.validation(cache)
     _say_how_it_starts(reporter, start, blueprint.spec, asked, len(validation.rows))
-    model, optimizer = blueprint.model(runtime, world)
+    model, optimizer, sums = blueprint.model(runtime, world)
     load(start, store, copies, model, optimizer, world)
     writer = CheckpointWriter(
         repository,
@@ -195,6 +195,7 @@ def _run(
         learn=model.learn,
         settle=settle,
         optimizer=optimizer,
+        sums=sums,
         schedule=blueprint.schedule(),
         batches=batches,
         reporter=reporter,

@@ -44,6 +44,10 @@ class World:
         """
         self._exchange(owned, lambda tensor, rank, **how: dist.reduce(tensor, dst=rank, **how))
 
+    def start_sum_at(self, tensor: torch.Tensor, rank: int) -> Any:
+        """The same of one tensor that travels alone, as work to wait for."""
+        return dist.reduce(tensor, dst=rank, async_op=True)
+
     def spread_(self, owned: Iterable[tuple[torch.Tensor, int]]) -> None:
         """Give every rank the owner's values of each tensor, in place. Every rank must call it."""
         self._exchange(owned, lambda tensor, rank, **how: dist.broadcast(tensor, src=rank, **how))
@@ -60,7 +64,7 @@ class World:
         on_their_way: list[Any] = []
         together: dict[tuple[torch.dtype, int | None], list[torch.Tensor]] = {}
         for tensor, rank in tensors:
-            if tensor.nbytes >= OWN_MESSAGE_BYTES and tensor.is_contiguous():
+            if travels_alone(tensor):
                 on_their_way.append(collective(tensor, *_named(rank), async_op=True))
             else:
                 together.setdefault((tensor.dtype, rank), []).append(tensor)
@@ -130,6 +134,11 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=_meeting_device())
         return box[0]
+
+
+def travels_alone(tensor: torch.Tensor) -> bool:
+    """Whether it is sent as it is, and not in one message with others."""
+    return tensor.nbytes >= OWN_MESSAGE_BYTES and tensor.is_contiguous()
 
 
 def _named(rank: int | None) -> tuple[int, ...]:

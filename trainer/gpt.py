@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,11 @@ class Table(nn.Module):
     def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+        self.added: Callable[[nn.Parameter], None] = lambda parameter: None
 
     def forward(self, idx_BT: Tensor) -> Tensor:
         """[B, T] token ids -> [B, T, C]."""
-        return look_up(self.weight, idx_BT)
+        return look_up(self.weight, idx_BT, self.added)
 
 
 class Mlp(nn.Module):
@@ -70,8 +72,19 @@ class Block(nn.Module):
         self.attn = Attention(shape, layer)
         self.mlp = Mlp(shape)
 
-    def forward(self, x_BTC: Tensor, embed_BTE: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, C] -> [B, T, C]."""
+    def forward(
+        self,
+        x_BTC: Tensor,
+        x0_BTC: Tensor,
+        shares: tuple[Tensor, Tensor],
+        embed_BTE: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """[B, T, C] -> [B, T, C]. shares: scalars, of the stream and of what it was at first."""
+        x_BTC = shares[0] * x_BTC + shares[1] * x0_BTC
+        if embed_BTE is not None:
+            embed_BTE = embed_BTE.to(x_BTC.dtype)
         x_BTC = x_BTC + self.attn(norm(x_BTC), embed_BTE, cos, sin)
         return x_BTC + self.mlp(norm(x_BTC))  # type: ignore[no-any-return]
 
@@ -116,7 +129,8 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(shape.sequence_len, shape.head_dim)
         self.register_buffer("cos", cos.to(compute_dtype), persistent=False)
         self.register_buffer("sin", sin.to(compute_dtype), persistent=False)
-        self._trunk: Callable[..., Tensor] = self._final
+        self._run = Run()
+        self._added: Callable[[nn.Parameter], None] = lambda parameter: None
         self._kernels = Kernels()
 
     @torch.no_grad()
@@ -134,18 +148,29 @@ class GPT(nn.Module):
             parameter.copy_(drawn)
 
     def compile_loss(self) -> None:
-        """Compile what training runs: the layers, and the loss's way between its products.
+        """Compile what training runs: layers, and the loss's way between its products.
 
         What adds to a gradient where it lies stays outside: tables (look_up) and lm_head.
         """
-        self._trunk = torch.compile(self._final, fullgraph=True, dynamic=False)
+        self._run = self._run.compiled()
         self._kernels = self._kernels.compiled()
+
+    def tell_added(self, added: Callable[[nn.Parameter], None]) -> None:
+        """From now on call added whenever learn has added to a parameter's gradient. Call once."""
+        self._added = added
+        by_hand = {id(self.lm_head.weight)}
+        for table in (self.transformer.wte, *self.value_embeds.values()):
+            table.added = added  # type: ignore[assignment]
+            by_hand.add(id(table.weight))
+        for parameter in self.parameters():
+            if id(parameter) not in by_hand:
+                parameter.register_post_accumulate_grad_hook(added)  # type: ignore[no-untyped-call]
 
     def learn(self, idx_BT: Tensor, targets_BT: Tensor, share: float = 1.0) -> Tensor:
         """Mean nats over the targets that are not -1, an fp32 scalar without gradient; share times
         its gradient is added to every parameter's. T is at most sequence_len.
         """
-        x_NC = self._trunk(*self._looked_up(idx_BT)).flatten(0, 1)
+        x_NC = self._final(self._run, idx_BT).flatten(0, 1)
         loss, grad_NC = learn(
             x_NC,
             self.lm_head.weight,
@@ -154,53 +179,72 @@ class GPT(nn.Module):
             share,
             kernels=self._kernels,
         )
+        self._added(self.lm_head.weight)
         torch.autograd.backward(x_NC, grad_NC)
         return loss
 
     def logits(self, idx_BT: Tensor) -> Tensor:
         """Soft-capped logits, fp32 [B, T, V]."""
-        x_BTC = self._final(*self._looked_up(idx_BT))
+        x_BTC = self._final(Run(), idx_BT)
         return soft_capped_logits(x_BTC, self.lm_head.weight, self.shape.vocab_size)
 
     def token_losses(self, idx_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Nats of every target, fp32 [B, T]; 0 where it is -1. For use without gradients."""
-        x_BTC = self._final(*self._looked_up(idx_BT))
+        x_BTC = self._final(Run(), idx_BT)
         losses_N = token_losses(
             x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.shape.vocab_size
         )
         return losses_N.view_as(targets_BT)
 
-    def _looked_up(self, idx_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What all tables hold for the tokens, in their dtypes; value embeddings by layer."""
-        if idx_BT.size(1) > self.shape.sequence_len:
-            raise ValueError(
-                f"{idx_BT.size(1)} positions; this model takes at most {self.shape.sequence_len}"
-            )
-        values = {layer: table(idx_BT) for layer, table in self.value_embeds.items()}
-        return self.transformer.wte(idx_BT), values
-
-    def _final(self, token_BTC: Tensor, values: dict[str, Tensor]) -> Tensor:
+    def _final(self, run: Run, idx_BT: Tensor) -> Tensor:
         """Activations [B, T, C] that lm_head reads."""
-        length = token_BTC.size(1)
+        length = idx_BT.size(1)
+        if length > self.shape.sequence_len:
+            raise ValueError(
+                f"{length} positions; this model takes at most {self.shape.sequence_len}"
+            )
         cos, sin = self.cos[:, :length], self.sin[:, :length]  # type: ignore[index]
-        x_BTC = norm(token_BTC.to(self.compute_dtype))
-        x_BTC = x0_BTC = self._smear(x_BTC)
-        backout_BTC = x_BTC
-        for i, block in enumerate(self.transformer.h):
-            x_BTC = self.resid_lambdas[i] * x_BTC + self.x0_lambdas[i] * x0_BTC
-            embed_BTE = values.get(str(i))
-            if embed_BTE is not None:
-                embed_BTE = embed_BTE.to(self.compute_dtype)
-            x_BTC = block(x_BTC, embed_BTE, cos, sin)
+        x0_BTC = backout_BTC = run.begin(self, self.transformer.wte(idx_BT))
+        x_BTC = x0_BTC.view_as(x0_BTC)  # itself twice would have a layer compiled for that alone
+        shares = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
+        for i, (block, share) in enumerate(zip(self.transformer.h, shares, strict=True)):
+            # Here, so that its gradient leaves as soon as the layer's backward pass is done.
+            embed_BTE = self.value_embeds[str(i)](idx_BT) if str(i) in self.value_embeds else None
+            x_BTC = run.layer(block, x_BTC, x0_BTC, share, embed_BTE, cos, sin)
             if i == self.shape.n_layer // 2:
                 backout_BTC = x_BTC
-        return norm(x_BTC - self.backout_lambda[0] * backout_BTC)
+        return run.end(self, x_BTC, backout_BTC)
 
-    def _smear(self, x_BTC: Tensor) -> Tensor:
-        """Mix into each position but the first a gated share of the one before it."""
+    def begin(self, token_BTC: Tensor) -> Tensor:
+        """The stream's first state: mixed into each position but the first is a gated share of the
+        one before it.
+        """
+        x_BTC = norm(token_BTC.to(self.compute_dtype))
         gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[:, 1:, :SMEAR_GATE_CHANNELS]))
         mixed_BTC = x_BTC[:, 1:] + self.smear_lambda[0] * gate_BT1 * x_BTC[:, :-1]
         return torch.cat((x_BTC[:, :1], mixed_BTC), dim=1)
+
+    def end(self, x_BTC: Tensor, backout_BTC: Tensor) -> Tensor:
+        """What lm_head reads, of the last layer's stream and of the middle one's."""
+        return norm(x_BTC - self.backout_lambda[0] * backout_BTC)
+
+
+def _layer(block: Block, *inputs: Any) -> Tensor:
+    return block(*inputs)  # type: ignore[no-any-return]
+
+
+class Run(NamedTuple):
+    """The pieces that a pass runs, each compiled alone: layers alike share code, and a layer's
+    gradients are there when its backward pass is done.
+    """
+
+    begin: Callable[..., Tensor] = GPT.begin
+    layer: Callable[..., Tensor] = _layer
+    end: Callable[..., Tensor] = GPT.end
+
+    def compiled(self) -> Run:
+        """The same through torch.compile."""
+        return Run(*(torch.compile(each, fullgraph=True, dynamic=False) for each in self))
 
 
 def _draw(name: str, out: Tensor, shape: ModelShape, generator: torch.Generator) -> None:

@@ -35,6 +35,7 @@ from trainer.events import (
 )
 from trainer.optim import Optimizer, clip_grad_norm
 from trainer.pace import Pace
+from trainer.sums import GradientSums
 from trainer.watchdog import Watchdog
 
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
@@ -62,6 +63,7 @@ class Parts:
     model: nn.Module
     learn: Callable[[Tensor, Tensor, float], Tensor]
     optimizer: Optimizer
+    sums: GradientSums
     schedule: Schedule
     batches: Batches
     reporter: Reporter
@@ -135,7 +137,9 @@ class Loop:
         parts.pace.begin(data_wait_s)
         loss_sum = torch.zeros((), device=parts.device)
         share = 1.0 / (len(batch.micro) * parts.world.size)
-        for x, y in batch.micro:
+        for left, (x, y) in zip(range(len(batch.micro))[::-1], batch.micro, strict=True):
+            if not left:
+                parts.sums.last()
             x_BT = torch.from_numpy(x).to(parts.device, torch.int64, non_blocking=True)
             y_BT = torch.from_numpy(y).to(parts.device, non_blocking=True)
             loss_sum += parts.learn(x_BT, y_BT, share) * share
@@ -197,7 +201,7 @@ class Loop:
         told[0], told[2 + world.rank] = loss_sum, parts.pace.last_s
         told[1] = self._asked().value if world.size > 1 else 0
         parts.pace.end()
-        world.sum_at_owner_(parts.optimizer.owned(lambda parameter: parameter.grad))
+        parts.sums.finish()
         world.sum_([told])
         most = parts.spec.optimizer.grad_clip_norm
         norm = clip_grad_norm(parts.optimizer.own_parameters, most, world)

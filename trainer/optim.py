@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from trainer.contract.scaling import ParamGroup
 from trainer.contract.schedule import GroupValues, InForce
 from trainer.distributed import World
 from trainer.muon import muon_update, rate_factor, second_moment_shape
+
+T = TypeVar("T")
 
 # Below this a kernel's compilation costs more than it ever saves.
 COMPILE_ELEMENTS = 1 << 14
@@ -149,13 +151,13 @@ class Optimizer:
         """Those that this rank updates, in module order."""
         return [parameter for name, parameter in self._named.items() if name in self.own]
 
-    def owned(self, of: Callable[[nn.Parameter], Tensor | None]) -> list[tuple[Tensor, int]]:
+    def owned(self, of: Callable[[nn.Parameter], T | None]) -> list[tuple[T, int]]:
         """Something of each parameter that has it, with the parameter's owner, in module order.
 
         For collectives: every rank gets them alike.
         """
         each = ((of(parameter), self.owner[name]) for name, parameter in self._named.items())
-        return [(tensor, rank) for tensor, rank in each if tensor is not None]
+        return [(found, rank) for found, rank in each if found is not None]
 
     def zero_grad(self) -> None:
         """Make all gradients zeros where they lie: a fresh one costs a page fault every 4 KB."""

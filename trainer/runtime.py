@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 
 from trainer.contract.devices import Device, find_device
@@ -27,6 +28,9 @@ from trainer.distributed import World
 
 MEMORY = Path("/proc/meminfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of this container's own, under cgroup v2
+
+
+KINDS_OF_LAYER = 64  # far more than windows and value embeddings make; beyond, compiling fails
 
 
 class NoCardError(RuntimeError):
@@ -83,6 +87,7 @@ def prepare(
     functorch.ban_recompute_used_far_apart = False
     functorch.ban_recompute_long_fusible_chains = False
     functorch.ban_recompute_materialized_backward = False
+    torch._dynamo.config.recompile_limit = KINDS_OF_LAYER
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(spec.deterministic)
     # Filling every fresh tensor costs time and hides nothing here: no kernel reads what it

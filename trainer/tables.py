@@ -3,9 +3,8 @@
 Owns the way from token ids to rows of a table and back. Must not know the network.
 
 A table's gradient has the table's size, though a micro-step touches a few of its rows. Left to
-autograd each micro-step makes such a tensor and adds it up, and compiled code holds those of all
-tables at once: here rows are added to the gradient that is there. An fp32 table has no second one;
-of others a micro-step's sum in fp32 exists, a table at a time.
+autograd each micro-step makes such a tensor and adds it up. Here rows are added to the gradient
+that is there, and no second one exists.
 
 Invariant: after a backward pass a table's grad has grown by the sum of its rows' gradients, summed
 in fp32 within a micro-step; the same bits every time.
@@ -15,6 +14,7 @@ Shape legend: B rows, T positions, C width, P padded vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,24 +22,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def look_up(table_PC: nn.Parameter, idx_BT: Tensor) -> Tensor:
-    """[B, T] token ids -> [B, T, C]. A backward pass adds to table_PC.grad and returns nothing.
+def look_up(
+    table_PC: nn.Parameter,
+    idx_BT: Tensor,
+    added: Callable[[nn.Parameter], None] = lambda table_PC: None,
+) -> Tensor:
+    """[B, T] token ids -> [B, T, C]. A backward pass adds to table_PC.grad, says so by calling
+    added, and returns nothing.
 
     Not for use in compiled code: a compiled graph can't see the gradient that it would add to.
     """
-    rows_BTC: Tensor = _Rows.apply(table_PC, idx_BT)  # type: ignore[no-untyped-call]
+    rows_BTC: Tensor = _Rows.apply(table_PC, idx_BT, added)  # type: ignore[no-untyped-call]
     return rows_BTC
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table_PC: nn.Parameter, idx_BT: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, table_PC: nn.Parameter, idx_BT: Tensor, added: Callable[[nn.Parameter], None]
+    ) -> Tensor:
+        ctx.added = added
         ctx.table = table_PC  # not saved_tensors: its grad is what backward is for
         ctx.save_for_backward(idx_BT)
         return F.embedding(idx_BT, table_PC)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
         (grad_BTC,) = grad_outputs
         (idx_BT,) = ctx.saved_tensors
         table_PC = ctx.table
@@ -49,7 +57,8 @@ class _Rows(torch.autograd.Function):
         if table_PC.dtype is not torch.float32:  # one after another would be lost to rounding
             ids_N, grad_NC = _summed(ids_N, grad_NC, table_PC.dtype)
         table_PC.grad.index_add_(0, ids_N, grad_NC)
-        return None, None
+        ctx.added(table_PC)
+        return None, None, None
 
 
 def _summed(ids_N: Tensor, grad_NC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
