@@ -25,6 +25,9 @@ from trainer.contract.memory import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 SOFT_CAP = 15.0  # nanochat at commit 92d63d4
 # One chunk's fp32 logits. Smaller chunks save memory and suit a CPU's caches, but each adds a pass
 # over lm_head's gradient and needs rows enough to keep a GPU busy (assumption: never run on one).
+# Where lm_head's gradient has another dtype than a chunk's part of it, that part exists a block at a
+# time: of as many bytes, in fp32, as a chunk's logits divided by this.
+BLOCKS_A_CHUNK = 2
 
 
 def soft_cap(logits: Tensor) -> Tensor:
@@ -71,11 +74,12 @@ def learn(
     """
     kernels, dtype = kernels or Kernels(), x_NC.dtype
     weigh = share / _count(targets_N).float()
-    rows = chunk_rows(x_NC.size(0), weight_PC.size(0), chunk_bytes or _chunk_bytes(x_NC.device))
+    chunk_bytes = chunk_bytes or _chunk_bytes(x_NC.device)
+    rows = chunk_rows(x_NC.size(0), weight_PC.size(0), chunk_bytes)
     if weight_PC.grad is None:
         weight_PC.grad = torch.zeros_like(weight_PC)
     cast_PC = operand(weight_PC.to(dtype))
-    room = _Room(rows, weight_PC, dtype)
+    room = _Room(weight_PC, rows, dtype, chunk_bytes)
     total = torch.zeros((), device=x_NC.device)
     grad_NC = torch.empty_like(x_NC)
     chunks = _chunks(x_NC, targets_N, rows)
@@ -90,7 +94,7 @@ def learn(
         if wide_RP.dtype is weight_PC.dtype:
             weight_PC.grad.addmm_(wide_RP.mT, wide_RC)
         else:
-            kernels.add(weight_PC.grad, room.product(wide_RP, wide_RC))
+            room.add_gradient(wide_RP, wide_RC, kernels.add)
     return total / _count(targets_N), grad_NC
 
 
@@ -117,9 +121,10 @@ def _nats(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
 class _Room:
     """What every chunk's products are written to: made anew, pages of that size cost as much."""
 
-    def __init__(self, rows: int, weight_PC: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight_PC: Tensor, rows: int, dtype: torch.dtype, chunk_bytes: int) -> None:
+        self._weight_PC, self._chunk_bytes = weight_PC, chunk_bytes
         self._logits_RP = weight_PC.new_empty(rows, weight_PC.size(0), dtype=dtype)
-        self._product_PC: Tensor | None = None
+        self._product: Tensor | None = None
 
     def logits(self, x_RC: Tensor, weight_PC: Tensor) -> Tensor:
         """A chunk's logits, good until the next call."""
@@ -128,11 +133,17 @@ class _Room:
             return torch.mm(x_RC, weight_PC.mT, out=logits_RP)
         return logits_RP.copy_(x_RC @ weight_PC.mT)
 
-    def product(self, slope_RP: Tensor, x_RC: Tensor) -> Tensor:
-        """A chunk's gradient of the weight in its factors' dtype, good until the next call."""
-        if self._product_PC is None:
-            self._product_PC = x_RC.new_empty(slope_RP.size(1), x_RC.size(1))
-        return torch.mm(slope_RP.mT, x_RC, out=self._product_PC)
+    def add_gradient(self, slope_RP: Tensor, x_RC: Tensor, add: Callable[..., None]) -> None:
+        """Add a chunk's gradient to the weight's, which has another dtype, a block at a time."""
+        assert self._weight_PC.grad is not None
+        rows = chunk_rows(slope_RP.size(1), x_RC.size(1), self._chunk_bytes // BLOCKS_A_CHUNK)
+        if self._product is None:
+            self._product = x_RC.new_empty(rows, x_RC.size(1))
+        pairs = zip(
+            torch.split(self._weight_PC.grad, rows), torch.split(slope_RP, rows, dim=1), strict=True
+        )
+        for grad, slope in pairs:
+            add(grad, torch.mm(slope.mT, x_RC, out=self._product[: grad.size(0)]))
 
 
 def chunk_nats(logits_RP: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
