@@ -25,8 +25,8 @@ from trainer.contract.memory import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 SOFT_CAP = 15.0  # nanochat at commit 92d63d4
 # One chunk's fp32 logits. Smaller chunks save memory and suit a CPU's caches, but each adds a pass
 # over lm_head's gradient and needs rows enough to keep a GPU busy (assumption: never run on one).
-# Where lm_head's gradient has another dtype than a chunk's part of it, that part exists a block at a
-# time: of as many bytes, in fp32, as a chunk's logits divided by this.
+# Where lm_head's gradient has another dtype than a chunk's part of it, that part exists a block at
+# a time: of as many bytes, in fp32, as a chunk's logits divided by this.
 BLOCKS_A_CHUNK = 2
 
 
