@@ -7,13 +7,16 @@ but PATH; what a client needs is in the value that the context manager yields.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,3 +196,37 @@ def _client(server: S3Server) -> Any:
         region_name="us-east-1",
         config=Config(connect_timeout=2, read_timeout=2, retries={"total_max_attempts": 1}),
     )
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, target: str) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """Prometheus that scrapes a target as the stack's does; yields what answers a query.
+
+    A query that can't be answered yet has no result.
+    """
+    port = free_ports(1)[0]
+    config = folder / "prometheus.yml"
+    scraped = {"job_name": "everstep", "static_configs": [{"targets": [target]}]}
+    often = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
+    config.write_text(json.dumps({"global": often, "scrape_configs": [scraped]}))
+    command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"]
+    with (folder / "prometheus.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
+        )
+
+    def ask(query: str) -> list[dict[str, Any]]:
+        words = urllib.parse.urlencode({"query": query})
+        url = f"http://127.0.0.1:{port}/api/v1/query?{words}"
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+                return found
+        except OSError:
+            return []
+
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(START_S)

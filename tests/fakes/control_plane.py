@@ -63,6 +63,7 @@ class ControlPlane:
     store: ObjectStore
     jobs: JobStore = field(init=False)
     records: RecordStore = field(init=False)
+    registry: CollectorRegistry = field(init=False)
     metrics: Metrics = field(init=False)
     reconciler: Reconciler = field(init=False)
     storage: Storage = field(init=False)
@@ -73,7 +74,8 @@ class ControlPlane:
     def __post_init__(self) -> None:
         self.jobs, self.records = JobStore(self.database), RecordStore(self.database)
         self.deletions = DeletionStore(self.database)
-        self.metrics = Metrics(CollectorRegistry())
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
         self.upkeep = Upkeep(DrainStore(self.database))
         self.reconciler = Reconciler(
             self.jobs,

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -21,7 +19,7 @@ import pytest
 
 from everstep import Client
 from everstep.v1 import everstep_pb2 as pb
-from tests.servers import free_ports
+from tests.servers import prometheus
 from tests.stack import (
     SMALL_JOB,
     Stack,
@@ -198,7 +196,8 @@ def test_a_real_prometheus_answers_what_a_user_asks(
     spec = {**SMALL_JOB, "name": "scraped", "schedule": {"num_iterations": 100_000}}
     job = client.submit(spec).job
     wait_for_checkpoint(client, job.id, 20)
-    with prometheus(stack, tmp_path) as ask:
+    target = urllib.parse.urlsplit(stack.facts["metrics_url"]).netloc
+    with prometheus(tmp_path, target) as ask:
         label = f'{{job_id="{job.id}",job_name="scraped"}}'
         loss = wait_until(lambda: ask(f"everstep_train_loss{label}"), 30, "a scrape")
         assert 0 < float(loss[0]["value"][1]) < 20
@@ -278,52 +277,6 @@ def job_rates(client: Client) -> list[pb.GroupValues]:
     """The values in force of the newest job."""
     newest = next(iter(client.list()))
     return list(client.get(newest.id).in_force)
-
-
-class prometheus:  # noqa: N801 - a context manager, used like a function
-    """A real Prometheus that scrapes the stack; yields a function from query to result."""
-
-    def __init__(self, stack: Stack, folder: Path) -> None:
-        self._port = free_ports(1)[0]
-        target = urllib.parse.urlsplit(stack.facts["metrics_url"]).netloc
-        config = folder / "prometheus.yml"
-        config.write_text(
-            json.dumps(
-                {
-                    "global": {"scrape_interval": "500ms"},
-                    "scrape_configs": [
-                        {"job_name": "everstep", "static_configs": [{"targets": [target]}]}
-                    ],
-                }
-            )
-        )
-        self._command = [
-            "prometheus",
-            f"--config.file={config}",
-            f"--storage.tsdb.path={folder / 'tsdb'}",
-            f"--web.listen-address=127.0.0.1:{self._port}",
-        ]
-        self._log = folder / "prometheus.log"
-
-    def __enter__(self) -> Any:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
-
-        def ask(query: str) -> list[dict[str, Any]]:
-            text = urllib.parse.urlencode({"query": query})
-            url = f"http://127.0.0.1:{self._port}/api/v1/query?{text}"
-            try:
-                with urllib.request.urlopen(url, timeout=5) as answer:
-                    found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-                    return found
-            except OSError:
-                return []
-
-        return ask
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
 
 
 def digests(stack: Stack, job_id: str, step: int) -> dict[str, str]:
