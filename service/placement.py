@@ -52,8 +52,8 @@ class Node:
     """One machine. id: Ray's, another one each time that the machine joins.
 
     gpus, cpus: whole, all that Ray may give away there. alive: Ray still lists a machine that is
-    gone. draining: nothing new starts there and what is there leaves. kept_out:
-    why it must hold nothing; empty: it may.
+    gone. draining: nothing new starts there and what is there leaves: somebody said so, or it is
+    being stopped. kept_out: why it must hold nothing; empty: it may.
     """
 
     id: str

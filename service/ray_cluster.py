@@ -164,7 +164,8 @@ class Agent:
         return "ready"
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Every machine with its whole GPUs and CPUs."""
+        """Every machine with its whole GPUs and CPUs. draining: Ray was told that it stops."""
+        draining = self._ray._private.state.state.get_draining_nodes()
         return [
             {
                 "id": node["NodeID"],
@@ -172,6 +173,7 @@ class Agent:
                 "gpus": int(node["Resources"].get("GPU", 0)),
                 "cpus": int(node["Resources"].get("CPU", 0)),
                 "alive": node["Alive"],
+                "draining": node["NodeID"] in draining,
                 "labels": dict(node["Labels"]),
             }
             for node in self._ray.nodes()

@@ -1,4 +1,4 @@
-"""Which machines may hold jobs: not those that are drained, nor those that run other software.
+"""Which machines may hold jobs: not those that are drained or stop, nor those that run other code.
 
 Invariant: what was drained stays so over restarts of service, Ray and machine, until it is undone:
 it is known by its address, for Ray names it anew each time that it joins.
@@ -32,7 +32,7 @@ class Upkeep:
         return tuple(
             replace(
                 node,
-                draining=node.address in self._drained,
+                draining=node.draining or node.address in self._drained,
                 kept_out=build.difference(node.labels, self._ours),
             )
             for node in nodes
@@ -40,8 +40,9 @@ class Upkeep:
 
     def why_unused(self, node: Node) -> str:
         """In words; empty: jobs may be there."""
-        drained = f"drained by {self._drained[node.address]}" if node.draining else ""
-        return ", ".join(filter(None, (drained, node.kept_out)))
+        stops = "it is being stopped" if node.draining else ""
+        by = self._drained.get(node.address)
+        return ", ".join(filter(None, (f"drained by {by}" if by else stops, node.kept_out)))
 
     def is_drained(self, address: str) -> bool:
         """Whether nothing may start there by somebody's word."""

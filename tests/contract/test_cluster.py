@@ -180,6 +180,17 @@ async def test_a_node_with_other_software_holds_nothing_and_says_why(tmp_path: P
         assert second.unused_because == ""
 
 
+async def test_a_box_that_is_being_stopped_holds_nothing_and_says_why(tmp_path: Path) -> None:
+    machines = [machine(1, cpus=8, draining=True), machine(2, cpus=4)]
+    async with served(tmp_path, FakeRayCluster(machines=machines)) as api:
+        await api.plane.tick()
+        job_id = (await api.submit()).job.id
+        await api.plane.tick()
+        assert set((await api.plane.job(job_id)).placement) == {"node2"}
+        first, second = (await look(api)).nodes
+        assert (first.unused_because, second.unused_because) == ("it is being stopped", "")
+
+
 async def test_what_is_no_node_can_not_be_drained(api: Api) -> None:
     await api.plane.tick()
     for name, words in (("10.9.9.9", "no node is"), ("node", "2 nodes are"), ("", "say which")):

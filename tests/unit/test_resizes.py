@@ -267,12 +267,16 @@ async def test_a_worker_that_still_reports_keeps_its_host_whatever_is_said_of_it
     assert list(plane.cluster.known) == [SECOND]
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["drained", "being stopped"])
 @pytest.mark.parametrize(("policy", "state"), [("grow", "STARTING"), ("fixed", "QUEUED")])
 async def test_a_job_leaves_a_draining_node_with_a_checkpoint(
-    plane: ControlPlane, policy: str, state: str
+    plane: ControlPlane, policy: str, state: str, stopped: bool
 ) -> None:
     job = await spread(plane, policy)
-    await plane.upkeep.drain(TWO[0], "admin")
+    if stopped:  # as Ray tells of a box that goes down
+        plane.cluster.machines = [replace(TWO[0], draining=True), *TWO[1:]]
+    else:
+        await plane.upkeep.drain(TWO[0], "admin")
     await plane.tick()
     assert plane.reconciler.directive(job) == pb.DIRECTIVE_STOP
     await plane.tick()
