@@ -49,7 +49,7 @@ COPY --from=dependencies /opt/everstep /opt/everstep
 COPY --from=code /wheels /opt/wheels
 RUN /opt/everstep/bin/pip install --no-cache-dir --no-deps --no-index /opt/wheels/*.whl
 COPY deploy/bin/everstep-service deploy/bin/everstep-ray deploy/bin/everstep-healthy \
-    deploy/bin/stop-last deploy/bin/stop-empty /usr/local/bin/
+    deploy/bin/everstep-interface deploy/bin/stop-last deploy/bin/stop-empty /usr/local/bin/
 
 # The GPU's driver libraries are put in by the container toolkit: NVIDIA_* say what it shall give.
 # The path of a token is no secret.
