@@ -27,6 +27,7 @@ ENGINE = Path(
 def engine() -> Iterator[dict[str, str]]:
     """What points docker at an engine that works; one that was started here ends again."""
     if _answers():
+        remove_stale_stacks(dict(os.environ))
         yield {}
         return
     if not ENGINE.exists():
@@ -78,15 +79,20 @@ def nanochat_folder(base: Path) -> Path:
     return base
 
 
+def clone(folders: pytest.TempPathFactory) -> Path:
+    """A fresh one."""
+    made = folders.mktemp("box") / "everstep"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", made], check=True)
+    return made
+
+
 @pytest.fixture(scope="module")
 def box(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     """The stack in its CPU form, healthy. Whatever a test did to it, nothing is left afterwards."""
-    remove_stale_stacks({**os.environ, **engine})
-    clone = tmp_path_factory.mktemp("box") / "everstep"
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", clone], check=True)
-    box = Box(clone, engine, nanochat_folder(tmp_path_factory.mktemp("data")))
+    data = nanochat_folder(tmp_path_factory.mktemp("data"))
+    box = Box(clone(tmp_path_factory), engine, data)
     try:
         box.follow_readme()
         yield box
     finally:
-        box.compose("--profile", "*", "down", "--volumes", "--timeout", "1")
+        box.remove()

@@ -6,42 +6,26 @@ One stack and one long job for all tests, in the order written: each leaves the 
 from __future__ import annotations
 
 import json
-import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from everstep import Client
 from everstep.errors import InvalidSpecError, ServiceUnreachableError
 from everstep.v1 import everstep_pb2 as pb
-from tests.e2e.box import Box, wait_for_checkpoint, wait_until
+from tests.e2e.box import JOB, Box, goes_on, newest_attempt, wait_for_checkpoint, wait_until
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
-# Panels that a healthy run of one worker without a GPU has nothing for.
+# Panels that stay empty here, and where they are filled.
 MAY_BE_EMPTY = (
-    *("everstep_mfu_ratio", "everstep_gpu_", "ALERTS"),
-    "everstep_rank_busy_seconds",
+    *("everstep_mfu_ratio", "everstep_gpu_"),  # need a card: tests/integration/test_panels.py
+    "everstep_rank_busy_seconds",  # of a job of several workers: tests/e2e/test_further_boxes.py
 )
-JOB: dict[str, Any] = {
-    "name": "box",
-    "model": {"depth": 2, "aspect_ratio": 32, "head_dim": 16, "max_seq_len": 64},
-    "data": {"source": "builtin:python-docs", "tokenizer": "builtin:python-docs-512"},
-    "batch": {"device_batch_size": 4, "total_batch_size": 256},
-    "optimizer": {"smear_lr": 0.01},
-    "schedule": {"num_iterations": 1_000_000},
-    "evaluate": {"every": 100, "tokens": 1024},
-    "sample": {"every": 0},
-    "checkpoint": {"every_steps": 50, "every_s": 0},
-    "resources": {"gpus_per_worker": 0, "cpus_per_worker": 1},
-    "precision": {"compute": "fp32"},
-}
 
 
 @pytest.fixture
@@ -67,8 +51,25 @@ def test_readmes_first_job_trains(box: Box) -> None:
         client.cancel(first.id)
 
 
-def newest_attempt(job: pb.Job) -> pb.Attempt:
-    return max(job.attempts, key=lambda attempt: attempt.number)
+def test_a_change_of_code_alone_leaves_the_layers_below_it(box: Box) -> None:
+    before, image = layers(box), box.image("{{.Id}}")
+    with (box.clone / "service/settings.py").open("a") as source:
+        source.write("# another\n")
+    try:
+        box.compose("build")
+        after = layers(box)
+    finally:
+        box.run("git", "checkout", "--quiet", "service/settings.py")
+        box.run("docker", "tag", image, "everstep:local")
+    assert before != after
+    assert after[:3] == before[:3], "the base, the system's packages, the dependencies"
+    assert len(after) == len(before) > 3
+
+
+def layers(box: Box) -> list[str]:
+    """The image's, from the base up."""
+    found: list[str] = json.loads(box.image("{{json .RootFS.Layers}}"))
+    return found
 
 
 def test_only_loopback_is_published(box: Box, job_id: str) -> None:
@@ -102,9 +103,16 @@ def test_killed_service_leaves_the_job_training(box: Box, client: Client, job_id
 
 def test_crashed_service_comes_back_by_itself(box: Box, client: Client, job_id: str) -> None:
     before = client.get(job_id)
-    box.crash("service")
+    crash(box, "service")
     after = wait_for_checkpoint(client, job_id, before.step)
     assert len(after.attempts) == len(before.attempts)
+
+
+def crash(box: Box, service: str) -> None:
+    """End what runs in a container; the restart policy, nobody else, starts it again."""
+    before = box.restarts(service)
+    box.crash(service)
+    wait_until(lambda: box.restarts(service) > before, f"the restart of {service}")
 
 
 def test_killed_head_costs_the_steps_since_the_last_checkpoint(
@@ -117,11 +125,60 @@ def test_killed_head_costs_the_steps_since_the_last_checkpoint(
     assert newest_attempt(after).start_step >= before.checkpoint.step
 
 
+def test_crashed_head_comes_back_by_itself_and_so_does_the_job(
+    box: Box, client: Client, job_id: str
+) -> None:
+    before = client.get(job_id)
+    crash(box, "ray-head")
+    after = wait_for_checkpoint(client, job_id, client.get(job_id).step)
+    assert len(after.attempts) > len(before.attempts)
+    assert newest_attempt(after).start_step >= before.checkpoint.step
+
+
 def test_killed_store_delays_checkpoints_only(box: Box, client: Client, job_id: str) -> None:
     before = client.get(job_id)
     box.kill("seaweedfs")
     after = wait_for_checkpoint(client, job_id, before.step)
     assert len(after.attempts) == len(before.attempts), "storage trouble never stops training"
+
+
+def test_kernels_are_compiled_once_and_lie_in_the_volume(box: Box, client: Client) -> None:
+    often = {"every_steps": 10, "every_s": 0}
+    spec = {**JOB, "name": "compiled", "compile": "on", "checkpoint": often}
+    compiled = client.submit(spec).job.id
+    reached = wait_for_checkpoint(client, compiled, 0)
+    made = kernels(box)
+    assert made
+    client.pause(compiled)
+    client.resume(compiled)
+    wait_until(lambda: len(client.get(compiled).attempts) == 2, "its second attempt")
+    again = newest_attempt(client.get(compiled))
+    assert again.start_step >= reached.step
+    wait_for_checkpoint(client, compiled, again.start_step)
+    client.cancel(compiled)
+    assert kernels(box) == made, "the second attempt compiled nothing"
+    container = box.compose("ps", "--quiet", "ray-head").strip()
+    (mounted,) = json.loads(box.run("docker", "inspect", container))
+    kinds = {each["Destination"]: each["Type"] for each in mounted["Mounts"]}
+    assert kinds["/cache"] == "volume"
+
+
+def kernels(box: Box) -> set[str]:
+    """The libraries that torch.compile built, with when."""
+    found = ("find", "/cache/inductor", "-name", "*.so", "-printf", "%p %T@\\n")
+    return set(box.compose("exec", "-T", "ray-head", *found).splitlines())
+
+
+def test_a_loss_that_is_no_number_fails_the_job_and_fires_its_alert(
+    box: Box, client: Client
+) -> None:
+    wild = {**JOB, "name": "wild", "optimizer": {"smear_lr": 1e6, "scalar_lr": 1e6}}
+    wild_id = client.submit(wild).job.id
+    states = [r.event.state for r in client.watch(wild_id) if r.HasField("event")]
+    assert states[-1] == pb.JOB_STATE_FAILED
+    assert client.get(wild_id).reason.startswith("NOT_FINITE")
+    alert = f'ALERTS{{alertname="EverstepLossNotFinite",alertstate="firing",job_id="{wild_id}"}}'
+    wait_until(lambda: box.query(alert), "the alert in Prometheus")
 
 
 def test_prometheus_has_the_run_and_every_panel_shows_something(box: Box, job_id: str) -> None:
@@ -135,7 +192,7 @@ def test_prometheus_has_the_run_and_every_panel_shows_something(box: Box, job_id
     )
     assert {rule["health"] for rule in box.rules()} <= {"ok", "unknown"}
     firing = [rule["name"] for rule in box.rules() if rule.get("state") == "firing"]
-    assert firing == []
+    assert firing == ["EverstepLossNotFinite"], "of the job before"
     asked = sorted({each for path in DASHBOARDS for each in expressions(path)})
     assert asked
     # SeaweedFS says only once a minute how full its disk is.
@@ -162,14 +219,8 @@ def expressions(path: Path) -> Iterator[str]:
             yield annotation["expr"]
 
 
-def goes_on(box: Box, job_id: str, before: pb.Job) -> None:
-    """No step was lost over a stop: the job goes on from a checkpoint that the stop took."""
-    with box.client() as client:
-        stopped = wait_until(lambda: client.get(job_id), "the service")
-        assert stopped.checkpoint.step >= before.step, "the stop's own checkpoint was committed"
-        after = wait_for_checkpoint(client, job_id, stopped.checkpoint.step)
-    assert len(after.attempts) > len(before.attempts)
-    assert newest_attempt(after).start_step == stopped.checkpoint.step
+def test_grpcurls_examples_work_as_they_are_written(box: Box, job_id: str) -> None:
+    grpcurl(box, job_id, tls=False)
 
 
 def test_job_goes_on_after_stop_and_up_without_losing_a_step(
@@ -185,7 +236,8 @@ def test_job_goes_on_after_a_reboot_and_over_tls(box: Box, client: Client, job_i
     before = client.get(job_id)
     # Docker tells all containers at once, each with its own grace, when the box goes down.
     box.run("docker", "stop", *box.compose("ps", "--quiet").split())
-    box.environment["EVERSTEP_TLS"] = "yes"
+    elsewhere = {"EVERSTEP_BIND": "0.0.0.0", "EVERSTEP_NAMES": box.gateway()}
+    box.environment |= {"EVERSTEP_TLS": "yes", **elsewhere}
     box.run("make", "up")
     assert client_certificate(box).exists()
     goes_on(box, job_id, before)
@@ -204,10 +256,61 @@ def client_certificate(box: Box) -> Path:
     return Path(folder / json.loads((folder / "service.json").read_text())["ca_cert"])
 
 
-def test_a_foreign_client_reads_by_reflection(box: Box, job_id: str) -> None:
+def test_the_port_is_reached_from_elsewhere_by_tls_and_token(box: Box, job_id: str) -> None:
+    """From a container that is none of the stack's, by the box's own address."""
+    token = (box.clone / ".everstep/compose/token").read_text().strip()
+    trusted = {"EVERSTEP_CA_CERT": "/tls/server.crt"}
+    assert job_id in box.from_elsewhere({**trusted, "EVERSTEP_TOKEN": token}, "get", job_id)
+    for less, words in (
+        ({**trusted, "EVERSTEP_TOKEN": "guessed"}, "token"),
+        (trusted, "token"),
+        ({"EVERSTEP_TOKEN": token}, "no service answers"),
+    ):
+        said = box.from_elsewhere(less, "get", job_id)
+        assert words in said, (less.keys(), said)
+        assert job_id not in said
+
+
+def test_a_foreign_client_submits_watches_and_cancels_by_reflection(box: Box) -> None:
     box.environment["BUF"] = str(Path(sys.executable).with_name("buf"))
-    answer = box.run("examples/buf-curl", "GetJob", json.dumps({"job_id": job_id}))
-    assert json.loads(answer)["job"]["id"] == job_id
+    spec = {**JOB, "name": "by-hand", "precision": {"compute": "COMPUTE_FP32"}}
+    submitted = box.run("examples/buf-curl", "SubmitJob", json.dumps({"spec": spec}))
+    named = json.dumps({"job_id": json.loads(submitted)["job"]["id"]})
+    with subprocess.Popen(
+        ["examples/buf-curl", "WatchJob", named],
+        cwd=box.clone,
+        env=box.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watch:
+        assert watch.stdout is not None
+        assert any('"point"' in line for line in watch.stdout), "it is told while the job trains"
+        cancelled = json.loads(box.run("examples/buf-curl", "CancelJob", named))
+        assert cancelled["job"]["state"] == "JOB_STATE_CANCELLED"
+        rest = watch.stdout.read()
+        assert watch.wait(60) == 0
+    assert '"state": "JOB_STATE_CANCELLED"' in rest[rest.rindex('"event"') :]
+
+
+def test_grpcurls_examples_work_with_tls(box: Box, job_id: str) -> None:
+    grpcurl(box, job_id, tls=True)
+
+
+def grpcurl(box: Box, job_id: str, tls: bool) -> None:
+    """The commands of examples/README.md against this stack, with TLS as it says there."""
+    text = (box.clone / "examples/README.md").read_text()
+    (commands,) = [each for each in text.split("```\n")[1::2] if "grpcurl" in each]
+    for written, here in (
+        (".everstep/token", ".everstep/compose/token"),
+        ("01J...", job_id),
+        ("127.0.0.1:7070", f"127.0.0.1:{box.ports['EVERSTEP_PORT']}"),
+        *([("-plaintext", "-cacert .everstep/compose/tls/server.crt")] if tls else []),
+    ):
+        assert written in commands
+        commands = commands.replace(written, here)
+    said = box.run("bash", "-euc", commands)
+    assert "rpc WatchJob" in said
+    assert f'"id": "{job_id}"' in said
 
 
 def test_nanochats_folder_trains_as_it_stands(box: Box) -> None:
@@ -257,68 +360,5 @@ def test_job_ends_with_a_checkpoint_that_another_continues(client: Client, job_i
 
 def test_down_with_volumes_leaves_nothing(box: Box) -> None:
     box.compose("down", "--volumes")
-    project = f"label=com.docker.compose.project={box.environment['COMPOSE_PROJECT_NAME']}"
     for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
-        assert box.run("docker", *kind, "--quiet", "--filter", project) == ""
-
-
-def test_up_names_what_is_wrong_and_starts_nothing(box: Box) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        assert "set EVERSTEP_PORT to another" in box.refusal(EVERSTEP_PORT=port)
-    in_the_clear = box.refusal(EVERSTEP_BIND="0.0.0.0", EVERSTEP_TLS="")
-    assert "would send tokens in the clear" in in_the_clear
-    assert "EVERSTEP_TLS=yes" in in_the_clear
-    assert "make room" in box.refusal(EVERSTEP_MIN_FREE_GB="1000000")
-    secret = box.clone / ".everstep/compose/ray.token"
-    kept = secret.read_bytes()
-    secret.unlink()
-    assert "lacks ray.token" in box.refusal()
-    secret.write_bytes(kept)
-    if shutil.which("nvidia-smi") is None:
-        assert "no NVIDIA GPU answers" in box.refusal(COMPOSE_FILE="docker-compose.yml")
-    assert box.compose("ps", "--all", "--quiet") == ""
-
-
-def test_wrong_keys_of_the_store_stop_the_stack_again(box: Box) -> None:
-    override = box.clone / "wrong-keys.yml"
-    override.write_text(
-        "services: {service: {environment: {AWS_SECRET_ACCESS_KEY: not-the-key}}}\n"
-    )
-    files = f"{box.environment['COMPOSE_FILE']}:{override}"
-    said = box.refusal(COMPOSE_FILE=files)
-    assert "access denied" in said
-    assert "AWS_SECRET_ACCESS_KEY" in said
-    assert "not-the-key" not in said
-    assert box.compose("ps", "--quiet") == "", "nothing runs by half"
-    box.compose("--profile", "*", "down", "--volumes")
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        ["docker-compose.yml"],
-        ["docker-compose.yml", "deploy/cluster.compose.yml"],
-        ["deploy/worker.compose.yml"],
-    ],
-)
-def test_gpu_forms_reserve_the_gpus_and_fit_the_schema(
-    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str]
-) -> None:
-    secrets = str(box.clone / ".everstep/compose")
-    facts = {"EVERSTEP_HEAD": "10.0.0.1", "EVERSTEP_IP": "10.0.0.2", "EVERSTEP_SECRETS": secrets}
-    for name, value in facts.items():
-        monkeypatch.setitem(box.environment, name, value)
-    named = [word for file in files for word in ("-f", file)]
-    shown = box.run("docker", "compose", *named, "config", "--format", "json")
-    services = json.loads(shown)["services"]
-    node = services.get("ray-head") or services["ray-worker"]
-    devices = node["deploy"]["resources"]["reservations"]["devices"]
-    assert devices == [{"capabilities": ["gpu"], "count": -1, "driver": "nvidia"}]
-    assert node["environment"]["EVERSTEP_RAY_ADDRESS"].endswith(":6379")
-    whole = tmp_path / "compose.json"
-    whole.write_text(shown)
-    checker = Path(sys.executable).with_name("check-jsonschema")
-    subprocess.run([checker, "--builtin-schema", "vendor.compose-spec", whole], check=True)
+        assert box.leftovers(*kind) == ""
