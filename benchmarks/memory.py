@@ -106,7 +106,11 @@ def step_peak(spec: JobSpec, shape: ModelShape, runtime: Runtime) -> None:
         peak = _status("VmHWM")
     predicted = estimate_memory(spec, shape).peak_bytes
     state = sum(each.nbytes for each in optimizer.state_tensors().values())
-    state += sum(each.nbytes for each in model.parameters())
+    held = (
+        *model.parameters(),
+        *(each.grad for each in model.parameters() if each.grad is not None),
+    )
+    state += sum(each.nbytes for each in held)  # gradients stay, zeroed
     measured = peak - idle + state + CPU_PROCESS_BYTES
     print(
         f"depth {shape.n_layer} width {shape.n_embd} rows {size[0]}x{size[1]} vocabulary "
