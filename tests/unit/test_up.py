@@ -133,6 +133,27 @@ def test_rays_own_port_counts_where_further_boxes_join(box: Box) -> None:
     assert "EVERSTEP_HEAD: set it to" in box.refusal(**cluster)
 
 
+@pytest.mark.parametrize(
+    ("variable", "address"),
+    [
+        ("EVERSTEP_PORT", "127.0.0.77"),
+        ("EVERSTEP_S3_PORT", "127.0.0.77"),
+        ("EVERSTEP_METRICS_PORT", "127.0.0.1"),
+    ],
+)
+def test_the_heads_own_address_counts_where_further_boxes_join(
+    box: Box, variable: str, address: str
+) -> None:
+    cluster = {"COMPOSE_FILE": "docker-compose.yml:deploy/cluster.compose.yml"}
+    with socket.socket() as taken:
+        taken.bind((address, 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = box.refusal(**cluster, EVERSTEP_HEAD="127.0.0.77", **{variable: port})
+    assert f"port {port} of {address} is taken" in said
+    assert f"set {variable} to another" in said
+
+
 def test_what_the_gpu_form_lacks_is_named(box: Box) -> None:
     assert "nvidia-ctk runtime configure" in box.refusal(RUNTIME="none")
     box.program("nvidia-smi", "#!/bin/sh\nexit 9\n")
