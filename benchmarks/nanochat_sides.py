@@ -7,6 +7,7 @@ memory is counted from its imports on.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -157,6 +158,7 @@ def _serve(pipe: Connection, memory: Memory, held: Callable[[], int], run: Any) 
 
 def nanochat_side(case: Case, pipe: Connection) -> None:
     """nanochat's GPT and MuonAdamW, driven as its scripts/base_train.py does."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{case.folder}/nanochat"  # as new as ours
     memory = _settle(case)
     sys.path.insert(0, case.checkout)
     import torch
@@ -227,6 +229,10 @@ def nanochat_side(case: Case, pipe: Connection) -> None:
             turn.add("optimizer", done - passed)
             turn.wall_s += done - began
             step += 1
+            if step == 1:
+                gc.collect()
+                gc.freeze()
+                gc.disable()
         return turn
 
     def held() -> int:

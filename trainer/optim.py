@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 # Below this a kernel's compilation costs more than it ever saves.
 COMPILE_ELEMENTS = 1 << 14
+PIECE_ELEMENTS = 1 << 20  # of which a CPU keeps a copy in its caches
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
@@ -282,7 +283,11 @@ def clip_grad_norm(
     every rank must call it.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    norms = [
+        torch.linalg.vector_norm(piece, dtype=torch.float32)
+        for grad in grads
+        for piece in _pieces(grad)
+    ]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if norms else world.zero()
     if world.size > 1:
         square = total.square()
@@ -293,6 +298,13 @@ def clip_grad_norm(
         for grad in grads:
             grad.mul_(scale)
     return total
+
+
+def _pieces(grad: Tensor) -> tuple[Tensor, ...]:
+    """The gradient, in pieces where its norm in fp32 takes a copy of it in fp32, as on a CPU."""
+    if grad.dtype is torch.float32 or grad.device.type != "cpu":
+        return (grad,)
+    return torch.split(grad.view(-1), PIECE_ELEMENTS)
 
 
 def _step_adamw(group: GroupSettings, state: _State) -> None:
