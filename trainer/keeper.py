@@ -40,6 +40,8 @@ class Keeper:
             start_new_session=True,  # what ends the rank with its group must not end it
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # one that is stopped holds up nobody
         self._tell(json.dumps({"files": list(files), **facts}) + "\n")
 
     def note(self, sequence: int, offsets: Sequence[int]) -> None:
