@@ -20,12 +20,13 @@ from tests.fakes.api import credential, served
 from tests.fakes.nvml import FakeNvml
 from tests.fakes.ray_cluster import FakeRayCluster, machine
 from tests.servers import prometheus
+from tests.unit.test_gpu import next_samples
 from trainer import gpu
 from trainer.contract.devices import find_device
 from trainer.contract.schedule import GroupValues
 from trainer.contract.shape import ModelShape
 from trainer.contract.speed import mfu_ratio
-from trainer.events import GpuSample, Point
+from trainer.events import Point
 from trainer.gpu import GpuWatch
 from trainer.report import ServiceReporter
 
@@ -40,15 +41,6 @@ def asked() -> list[str]:
     panels = [panel for path in DASHBOARDS for panel in json.loads(path.read_text())["panels"]]
     found = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     return [each for each in found if any(name in each for name in OF_A_CARD)]
-
-
-def samples(watch: GpuWatch) -> tuple[GpuSample, ...]:
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        if found := watch.take():
-            return found
-        time.sleep(0.005)
-    raise AssertionError("no sample came")
 
 
 async def test_every_panel_of_a_card_shows_what_the_card_said(
@@ -70,7 +62,7 @@ async def test_every_panel_of_a_card_shows_what_the_card_said(
         hello = pb.Hello(job_id=job_id, attempt=1)
         reporter = ServiceReporter(api.address, None, credential(job_id), hello)
         for step in (1, 2):
-            devices = await asyncio.to_thread(samples, watch)
+            devices = await asyncio.to_thread(next_samples, watch)
             groups = {"wte": GroupValues(0.1, 0.8, 0.001)}
             measured = Point(step, 3.0, 3.0, 1.0, STEP_S, 0.0, 256, 512.0, groups, devices, share)
             reporter.point(measured)
