@@ -167,15 +167,21 @@ async def test_a_drained_node_is_left_by_its_jobs_and_taken_by_nobody_until_it_i
         assert not any(node.unused_because for node in (await look(api)).nodes)
 
 
+async def after_a_job_on_the_second(api: Api) -> tuple[pb.Node, pb.Node]:
+    """Two nodes, after a job that could be on either went to the second."""
+    await api.plane.tick()
+    job_id = (await api.submit()).job.id
+    await api.plane.tick()
+    assert set((await api.plane.job(job_id)).placement) == {"node2"}
+    first, second = (await look(api)).nodes
+    return first, second
+
+
 async def test_a_node_with_other_software_holds_nothing_and_says_why(tmp_path: Path) -> None:
     other = {**build.labels(), "everstep/torch": "1.0"}
     machines = [machine(1, cpus=8, labels=other), machine(2, cpus=4, labels=build.labels())]
     async with served(tmp_path, FakeRayCluster(machines=machines)) as api:
-        await api.plane.tick()
-        job_id = (await api.submit()).job.id
-        await api.plane.tick()
-        assert set((await api.plane.job(job_id)).placement) == {"node2"}
-        first, second = (await look(api)).nodes
+        first, second = await after_a_job_on_the_second(api)
         assert first.unused_because.startswith("it runs torch 1.0 instead of ")
         assert second.unused_because == ""
 
@@ -183,11 +189,7 @@ async def test_a_node_with_other_software_holds_nothing_and_says_why(tmp_path: P
 async def test_a_box_that_is_being_stopped_holds_nothing_and_says_why(tmp_path: Path) -> None:
     machines = [machine(1, cpus=8, draining=True), machine(2, cpus=4)]
     async with served(tmp_path, FakeRayCluster(machines=machines)) as api:
-        await api.plane.tick()
-        job_id = (await api.submit()).job.id
-        await api.plane.tick()
-        assert set((await api.plane.job(job_id)).placement) == {"node2"}
-        first, second = (await look(api)).nodes
+        first, second = await after_a_job_on_the_second(api)
         assert (first.unused_because, second.unused_because) == ("it is being stopped", "")
 
 
