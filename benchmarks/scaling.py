@@ -30,6 +30,7 @@ from trainer.contract.spec import JobSpec
 from trainer.distributed import World
 from trainer.gpt import GPT
 from trainer.optim import Optimizer, clip_grad_norm
+from trainer.ray_entrypoint import WORKER_ENVIRONMENT
 from trainer.runtime import prepare
 from trainer.sums import GradientSums
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--total-batch-size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", **WORKER_ENVIRONMENT}
     spec = {
         "model": {"depth": asked.depth, "head_dim": 64, "max_seq_len": 512},
         "batch": {"device_batch_size": 4, "total_batch_size": asked.total_batch_size},

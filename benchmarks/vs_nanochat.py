@@ -2,8 +2,8 @@
 
 `python -m benchmarks.vs_nanochat --nanochat CHECKOUT [--depth 4] [--dtype fp32]`, where CHECKOUT
 is a clone of nanochat. Both sides get the same weights, tokens, rates, dtype and threads, are
-compiled, and train a few steps in turn, each in a process of its own; ours goes through the
-trainer's real loop. Losses of both are printed, so that what is compared is seen to be the same.
+compiled, and train a few steps in turn, each in a process of its own: nanochat's with the
+environment as it is, ours with what our workers get, through the trainer's real loop. Losses of both are printed, so that what is compared is seen to be the same.
 
 Memory is the peak beyond imports, weights, gradients and optimizer state: resident memory on a
 CPU (high-water mark since the last warm-up step), torch's own allocations on a GPU.
@@ -19,14 +19,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.nanochat_sides import Case, Turn, nanochat_side, our_side
+from trainer.ray_entrypoint import WORKER_ENVIRONMENT
 
 
 def compare(case: Case, warm: int, steps: int, rounds: int) -> None:
     """Run both sides in turn and print what they took."""
     spawn = get_context("spawn")
     pipes, processes = {}, []
-    for name, side in (("nanochat", nanochat_side), ("everstep", our_side)):
+    sides = (("nanochat", nanochat_side, {}), ("everstep", our_side, WORKER_ENVIRONMENT))
+    for name, side, environment in sides:
         ours, theirs = spawn.Pipe()
+        os.environ |= environment
         process = spawn.Process(target=side, args=(case, theirs), daemon=True)
         process.start()
         theirs.close()
@@ -107,7 +110,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
     os.environ["NANOCHAT_DTYPE"] = {"fp32": "float32", "bf16": "bfloat16"}[asked.dtype]
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # the side that waits must not spin on a core
     with tempfile.TemporaryDirectory() as folder:
         case = Case(
             checkout=str(Path(asked.nanochat).resolve()),
