@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.arithmetic import operand
+from trainer.arithmetic import operand, product
 from trainer.contract.scaling import param_groups
 from trainer.contract.schedule import Schedule
 from trainer.contract.shape import ModelShape
@@ -118,7 +118,7 @@ def gemm_peak(shape: ModelShape, rows: int, dtype: torch.dtype | None) -> dict[s
         quickest = float("inf")
         for _ in range(PRODUCTS):
             began = time.perf_counter()
-            left @ right.mT
+            product(left, right)
             quickest = min(quickest, time.perf_counter() - began)
         found[f"{rows} x {inner} x {columns}"] = 2 * rows * inner * columns / quickest
     return found

@@ -3,7 +3,8 @@
 `python -m benchmarks.vs_nanochat --nanochat CHECKOUT [--depth 4] [--dtype fp32]`, where CHECKOUT
 is a clone of nanochat. Both sides get the same weights, tokens, rates, dtype and threads, are
 compiled, and train a few steps in turn, each in a process of its own: nanochat's with the
-environment as it is, ours with what our workers get, through the trainer's real loop. Losses of both are printed, so that what is compared is seen to be the same.
+environment as it is, ours with what our workers get, through the trainer's real loop. Losses of
+both are printed, so that what is compared is seen to be the same.
 
 Memory is the peak beyond imports, weights, gradients and optimizer state: resident memory on a
 CPU (high-water mark since the last warm-up step), torch's own allocations on a GPU.

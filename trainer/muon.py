@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.arithmetic import operand
+from trainer.arithmetic import multiply, multiply_add, operand
 
 # Polar Express (arXiv 2505.16932): a round takes X to a X + b X X'X + c X X'X X'X.
 POLAR_EXPRESS = (
@@ -98,12 +98,8 @@ def orthogonalise(grad_KRC: Tensor, compute_dtype: torch.dtype) -> Tensor:
     bound_K11 = NORM_MARGIN * (norm_KR1 * even_KR1).square().sum(dim=-2, keepdim=True).sqrt()
     x_KRC = operand((grad_KRC * (even_KR1 / (bound_K11 + SMALLEST_NORM))).to(compute_dtype))
     for a, b, c in POLAR_EXPRESS:
-        if rows > cols:
-            gram_KSS = x_KRC.mT @ x_KRC
-            poly_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
-            x_KRC = torch.baddbmm(x_KRC, x_KRC, poly_KSS, beta=a)
-        else:
-            gram_KSS = x_KRC @ x_KRC.mT
-            poly_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
-            x_KRC = torch.baddbmm(x_KRC, poly_KSS, x_KRC, beta=a)
+        gram_KSS = multiply(x_KRC.mT, x_KRC) if rows > cols else multiply(x_KRC, x_KRC.mT)
+        poly_KSS = multiply_add(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
+        left, right = (x_KRC, poly_KSS) if rows > cols else (poly_KSS, x_KRC)
+        x_KRC = multiply_add(x_KRC, left, right, beta=a)
     return x_KRC

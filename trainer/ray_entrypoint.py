@@ -26,11 +26,11 @@ from trainer.contract.outcome import AttemptResult, Outcome, Policy, pause_befor
 ABORT_TIMEOUT_S = 4.0
 COLLECTIVE_TIMEOUT_S = 900  # ranks may wait for one another's data, compilation or last save
 WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be about to end
-# Read when a worker loads torch. Threads that wait spin for some 20 us: asleep at once, each of a
-# step's thousands of parallel loops waits to be woken, a sixth of the time; awake as long as libgomp
-# lets them, a step beside other work takes three to five times as long (docs/log.md). The
-# allocator's word is read once, and ranks that meet on CUDA allocate before the attempt has set up
-# anything.
+# Read when a worker loads torch. Threads that wait spin for some 20 us: if they slept at once, each
+# of a step's thousands of parallel loops would wait to be woken, a sixth of the time; if they spun
+# as long as libgomp lets them, a step beside other work would take three to five times as long
+# (docs/log.md). The allocator's word is read once, and ranks that meet on CUDA allocate before the
+# attempt has set up anything.
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "1000",

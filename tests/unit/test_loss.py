@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer import arithmetic
 from trainer.loss import Kernels, chunk_rows, learn, token_losses
 
 N, C, V, P = 37, 16, 50, 64
@@ -27,7 +28,11 @@ def plain(x_NC: Tensor, weight_PC: Tensor, targets_N: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, 8, N, 1000])
 @pytest.mark.parametrize("logits", [1e-3, 1.0, 4.0])
-def test_value_and_gradients_are_those_of_the_plain_form(rows: int, logits: float) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+def test_value_and_gradients_are_those_of_the_plain_form(
+    monkeypatch: pytest.MonkeyPatch, rows: int, logits: float, onednn: bool
+) -> None:
+    monkeypatch.setattr(arithmetic, "_ONEDNN", onednn)
     x_NC, weight_PC, targets_N = inputs()
     x_NC = logits * x_NC.detach()
     exact_NC, exact_PC = (each.detach().double().requires_grad_() for each in (x_NC, weight_PC))
@@ -51,10 +56,14 @@ def test_where_the_cap_is_reached_gradients_are_nearer_the_truth_than_the_plain_
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_compiled_is_the_same() -> None:
+@pytest.mark.parametrize(("dtype", "onednn"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_what_is_compiled_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, onednn: bool
+) -> None:
+    monkeypatch.setattr(arithmetic, "_ONEDNN", onednn)
     found = []
     for kernels in (Kernels(), Kernels().compiled()):
-        x_NC, weight_PC, targets_N = inputs(torch.bfloat16)
+        x_NC, weight_PC, targets_N = inputs(dtype)
         loss, grad_NC = learn(x_NC, weight_PC, targets_N, V, 1.0, 4 * P * 8, kernels)
         assert weight_PC.grad is not None
         found.append((loss, grad_NC.float(), weight_PC.grad))
