@@ -11,6 +11,8 @@ HALVES := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TORCHINDUCTOR_COMPILE_THREAD
 # Faults of single processes, one thread each; the others want the machine for themselves.
 PROCESS_FAULTS := tests/fault/test_exact_resume.py tests/fault/test_store_faults.py \
 	tests/fault/test_durable_calls.py
+# What the image runs in Python: each is a module of its own, most of them without a suffix.
+PROGRAMS := everstep-healthy everstep-interface stop-empty requirements.py
 CHAOS_ROUNDS ?= 10
 FUZZ_ROUNDS ?= 10000
 
@@ -58,7 +60,8 @@ fmt: setup  ## format
 	$(BIN)/ruff format .
 
 type: setup  ## mypy --strict
-	$(call layer,type,$(BIN)/mypy)
+	$(call layer,type,$(BIN)/mypy \
+		&& for each in $(PROGRAMS); do $(BIN)/mypy deploy/bin/$$each || exit; done)
 
 proto: setup  ## generate the stubs
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
