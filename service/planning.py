@@ -194,8 +194,8 @@ class Planner:
         """The device asked for, else the one that the newest job of this kind ran on."""
         if device:
             return Surroundings(find_device(device))
-        views = await self._jobs.page([], None, LOOKED_AT)
-        alike = [view for view in views if same_kind(spec, view.job.spec) and _trained(view)]
+        views = await self._jobs.trained(among=LOOKED_AT)
+        alike = [view for view in views if same_kind(spec, view.job.spec)]
         measured = [await self._measured(view) for view in alike[:MEASURED_JOBS]]
         events = (pb.Event.FromString(view.progress.in_force or b"") for view in alike)
         info = next((event.device for event in events if event.HasField("device")), None)
@@ -230,10 +230,6 @@ class Planner:
         found = await lineage(self._jobs, self._storage, start.job_id)
         first = found[0]
         return [Ancestor(first.job_id, first.name, first.start_step, start.step), *found[1:]]
-
-
-def _trained(view: JobView) -> bool:
-    return view.progress.latest_point is not None
 
 
 def _fork(manifest: Manifest) -> Fork:

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.jobs import Attempt, Desired, Job, JobView, Progress
 from service.ledger import Ledger
 from service.store.database import Database
-from service.store.record_store import NewRecord, append_records
+from service.store.record_store import NewRecord, append_records, begin_stream
 from service.store.schema import attempts, jobs, progress
 from trainer.contract.states import FINAL, JobState
 from trainer.storage.manifest import CheckpointRef
@@ -38,14 +38,8 @@ class JobStore:
             )
             key = result.inserted_primary_key
             assert key is not None
-            await connection.execute(
-                sa.insert(progress).values(
-                    job_id=job.id,
-                    next_cursor=1,
-                    step=job.start.step if job.start else job.spec.start.step or 0,
-                )
-            )
-            await append_records(connection, job.id, records)
+            step = job.start.step if job.start else job.spec.start.step or 0
+            await begin_stream(connection, job.id, step, job.created_at, records)
             return replace(job, submission=int(key[0]), version=0)
 
     async def get(self, job_id: str) -> Job | None:
@@ -88,6 +82,15 @@ class JobStore:
             query = query.where(jobs.c.submission < before)
         async with self._database.read() as connection:
             rows = await connection.execute(query.order_by(jobs.c.submission.desc()).limit(limit))
+            return [JobView(_job(row), _progress(row)) for row in rows]
+
+    async def trained(self, among: int) -> list[JobView]:
+        """Of so many jobs, the newest, those that made a step; newest first."""
+        newest = sa.select(jobs.c.submission).order_by(jobs.c.submission.desc()).limit(among)
+        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
+        query = query.where(jobs.c.submission.in_(newest), progress.c.latest_point.is_not(None))
+        async with self._database.read() as connection:
+            rows = await connection.execute(query.order_by(jobs.c.submission.desc()))
             return [JobView(_job(row), _progress(row)) for row in rows]
 
     async def children(self, job_ids: Collection[str], limit: int) -> list[JobView]:

@@ -155,6 +155,20 @@ class RecordStore:
             return acknowledged, upto
 
 
+async def begin_stream(
+    connection: AsyncConnection, job_id: str, step: int, created_at: float, new: Sequence[NewRecord]
+) -> None:
+    """The progress of a job that was inserted in this transaction, and its first records.
+
+    step: where it starts.
+    """
+    rows, changes = _taken(job_id, 1, Ledger(until=created_at), new)
+    await connection.execute(sa.insert(progress).values(**{"step": step, **changes}, job_id=job_id))
+    if rows:
+        await connection.execute(sa.insert(records), rows)
+    connection.info[TOUCHED].add(job_id)
+
+
 async def append_records(
     connection: AsyncConnection, job_id: str, new: Sequence[NewRecord]
 ) -> None:
@@ -163,6 +177,18 @@ async def append_records(
     assert row is not None, "a job and its progress are made together"
     cursor, kept, created_at = row
     ledger = Ledger.from_dict(kept) if kept else await _replayed(connection, job_id, created_at)
+    rows, changes = _taken(job_id, cursor, ledger, new)
+    await connection.execute(sa.insert(records), rows)
+    connection.info[TOUCHED].add(job_id)
+    await connection.execute(
+        sa.update(progress).where(progress.c.job_id == job_id).values(**changes)
+    )
+
+
+def _taken(
+    job_id: str, cursor: int, ledger: Ledger, new: Sequence[NewRecord]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of records from a cursor on, and what they change of the job's progress."""
     changes: dict[str, Any] = {"next_cursor": cursor + len(new)}
     rows = []
     for number, record in enumerate(new, start=cursor):
@@ -180,13 +206,7 @@ async def append_records(
                 "body": record.body,
             }
         )
-    await connection.execute(sa.insert(records), rows)
-    connection.info[TOUCHED].add(job_id)
-    await connection.execute(
-        sa.update(progress)
-        .where(progress.c.job_id == job_id)
-        .values(**changes, ledger=ledger.to_dict())
-    )
+    return rows, {**changes, "ledger": ledger.to_dict()}
 
 
 _ACCOUNT = sa.select(progress.c.next_cursor, progress.c.ledger, jobs.c.created_at).join(
@@ -195,7 +215,7 @@ _ACCOUNT = sa.select(progress.c.next_cursor, progress.c.ledger, jobs.c.created_a
 
 
 async def _replayed(connection: AsyncConnection, job_id: str, created_at: float) -> Ledger:
-    """The ledger of a new job, or of one from before ledgers were kept: from its records."""
+    """The ledger of a job from before ledgers were kept: from its records."""
     ledger = Ledger(until=created_at)
     query = sa.select(records.c.time, records.c.body).where(records.c.job_id == job_id)
     for time, body in await connection.execute(query.order_by(records.c.cursor)):

@@ -269,9 +269,9 @@ def test_closing_waits_no_longer_than_it_must_for_a_service_that_is_away(
 def test_closing_goes_on_while_a_slow_service_takes_what_is_left(
     service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "CLOSE_S", 0.5)
+    monkeypatch.setattr(report, "CLOSE_S", 1.5)
     monkeypatch.setattr(report, "MAX_BATCH", 2)
-    service.delay_s = 0.2
+    service.delay_s = 0.4
     reporter = reporter_to(service)
     for step in range(1, 13):
         reporter.point(point(step))
