@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from sqlalchemy import AsyncAdaptedQueuePool, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-TOUCHED = "touched"  # key in a connection's info: jobs whose stream grew in this transaction
+# Keys in a connection's info, of this transaction: jobs whose stream grew; tables written to.
+TOUCHED, WRITTEN = "touched", "written"
 RETURN_S, RETURN_POLL_S = 5.0, 0.01
 BUSY_TIMEOUT_MS = 10_000  # another process may hold the file for a backup
 
@@ -28,6 +30,8 @@ class Database:
         self._engine = engine
         self._writer = asyncio.Lock()
         self._grown: dict[str, asyncio.Event] = {}
+        self._commits = Counter[str]()
+        event.listen(engine.sync_engine, "after_execute", _note_table)
 
     @classmethod
     async def open(cls, path: Path) -> Self:
@@ -56,11 +60,15 @@ class Database:
 
         Whoever waits for a job whose stream grew in it is woken after the commit.
         """
+        touched: set[str] = set()
+        written: set[str] = set()
         async with self._writer:
-            async with self._engine.begin() as connection:
-                touched: set[str] = set()
-                connection.info[TOUCHED] = touched
-                yield connection
+            try:
+                async with self._engine.begin() as connection:
+                    connection.info.update({TOUCHED: touched, WRITTEN: written})
+                    yield connection
+            finally:  # a commit that fails may have been made
+                self._commits.update(written)
             for job_id in touched:
                 if waited := self._grown.pop(job_id, None):
                     waited.set()
@@ -69,6 +77,10 @@ class Database:
         """Write one page, durably: fails where no call that changes anything could be kept."""
         async with self.write() as connection:
             await connection.exec_driver_sql("PRAGMA user_version = 1")
+
+    def commits(self, table: str) -> int:
+        """How often the table was written to. Taken before a read, it says what that knows of."""
+        return self._commits[table]
 
     def growth(self, job_id: str) -> asyncio.Event:
         """Set once the job's stream has grown. Take it before reading, then wait for it."""
@@ -97,6 +109,11 @@ def migrate(path: Path, revision: str = "head") -> None:
             command.upgrade(config, revision)
     finally:
         engine.dispose()
+
+
+def _note_table(connection: sa.Connection, statement: object, *_rest: object) -> None:
+    if isinstance(statement, sa.UpdateBase) and WRITTEN in connection.info:
+        connection.info[WRITTEN].add(statement.entity_description["name"])
 
 
 def _leave_transactions(connection: Any, _record: object) -> None:

@@ -26,6 +26,7 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._unfinished: dict[str, Job] = {}  # as last read: each change has another version
+        self._read_at: int | None = None  # so many commits of jobs were made when they were read
 
     async def insert(self, job: Job, *records: NewRecord) -> Job:
         """Store a new job with its first records, or return the one with the same request_id."""
@@ -54,6 +55,13 @@ class JobStore:
 
     async def unfinished(self) -> list[Job]:
         """Every job that is not final, in order of submission."""
+        commits = self._database.commits(jobs.name)
+        if commits != self._read_at:
+            self._unfinished = await self._read_unfinished()
+            self._read_at = commits
+        return list(self._unfinished.values())
+
+    async def _read_unfinished(self) -> dict[str, Job]:
         # By the states that count, not by those that don't: only so the index serves.
         states = [state.value for state in JobState if state not in FINAL]
         listed = sa.select(jobs.c.id, jobs.c.version).where(jobs.c.state.in_(states))
@@ -68,8 +76,7 @@ class JobStore:
                 some = news[first : first + AT_ONCE]
                 found = await connection.execute(sa.select(jobs).where(jobs.c.id.in_(some)))
                 known |= {row.id: _job(row) for row in found}
-        self._unfinished = known
-        return [known[key] for key in versions if key in known and not known[key].is_final]
+        return {k: known[k] for k in versions if k in known and not known[k].is_final}
 
     async def page(
         self, states: Collection[JobState], before: int | None, limit: int

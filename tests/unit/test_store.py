@@ -19,6 +19,7 @@ from service import events
 from service.errors import StaleAttemptError
 from service.jobs import Attempt, Desired, Record
 from service.store import Database, JobStore, NewRecord, RecordStore
+from service.store.deletion_store import DeletionStore
 from tests.fakes.control_plane import ControlPlane, control_plane, new_job
 from trainer.contract.states import JobState
 from trainer.storage.manifest import CheckpointRef
@@ -60,6 +61,37 @@ async def test_submissions_are_numbered_in_order(plane: ControlPlane) -> None:
     assert [view.job.id for view in newest_first] == ["JOB2", "JOB1"]
     rest = await plane.jobs.page([], newest_first[-1].job.submission, 2)
     assert [view.job.id for view in rest] == ["JOB3"]
+
+
+async def test_unfinished_jobs_are_read_again_only_after_one_changed(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    read = plane.jobs._read_unfinished
+    monkeypatch.setattr(plane.jobs, "_read_unfinished", lambda: reads.append(1) or read())
+    elsewhere, deletions = JobStore(plane.database), DeletionStore(plane.database)
+
+    async def found() -> tuple[list[tuple[str, JobState]], int]:
+        listed = [(job.id, job.state) for job in await plane.jobs.unfinished()]
+        return listed, len(reads)
+
+    assert await found() == ([], 1)
+    job = await plane.add(new_job(1))
+    assert await found() == ([("JOB1", JobState.QUEUED)], 2)
+    await plane.records.append("JOB1", [warned("a word changes no job")])
+    assert await found() == ([("JOB1", JobState.QUEUED)], 2)
+    paused = await elsewhere.change(job, job.moved(JobState.PAUSED, "by another", 1.0))
+    assert paused is not None
+    assert await found() == ([("JOB1", JobState.PAUSED)], 3)
+    assert await elsewhere.change(job, paused) is None, "an old version changes nothing"
+    assert (await found())[0] == [("JOB1", JobState.PAUSED)]
+    ended = await elsewhere.change(paused, paused.moved(JobState.CANCELLED, "done with", 2.0))
+    assert ended is not None
+    assert (await found())[0] == []
+    count = len(reads)
+    await deletions.begin(ended, "tester", 3.0)
+    await deletions.erase("JOB1", 4.0)
+    assert await found() == ([], count + 1)
 
 
 async def test_a_change_loses_to_a_newer_version_and_leaves_no_record(plane: ControlPlane) -> None:
