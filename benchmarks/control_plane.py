@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import statistics
 import subprocess
 import sys
@@ -93,6 +94,7 @@ async def serve(folder: Path, count: int) -> None:
             key = (f"JOB{number}", 1)
             api.plane.cluster.known[key] = HostStatus(*key, answered=True)
         reconciling = asyncio.create_task(api.plane.reconciler.run())
+        gc.freeze()  # as the service does
         print(api.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
         reconciling.cancel()
