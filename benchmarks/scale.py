@@ -110,10 +110,15 @@ async def store(folder: Path) -> None:
     text = generate_latest(registry)
     busy_ms = (time.process_time() - cpu) * 1e3
     print(f"a scrape of {JOBS} jobs: {busy_ms:.0f} ms CPU, {len(text) / JOBS / 1e3:.1f} kB a job")
-    cpu = time.process_time()
-    for _ in range(5):
+    job = (await jobs.unfinished())[0]
+    busy_s = 0.0
+    for number in range(5):
+        changed = await jobs.change(job, replace(job, reason=str(number)))
+        assert changed is not None
+        job, cpu = changed, time.process_time()
         await jobs.unfinished()
-    print(f"all {JOBS} jobs read, twice a tick: {(time.process_time() - cpu) / 5 * 1e3:.0f} ms CPU")
+        busy_s += time.process_time() - cpu
+    print(f"all {JOBS} jobs read after one changed: {busy_s / 5 * 1e3:.0f} ms CPU")
     upkeep = Upkeep(DrainStore(database))
     nodes = upkeep.mark([box(n) for n in range(128)])
     told = (lambda: nodes, time.time)
