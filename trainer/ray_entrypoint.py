@@ -25,6 +25,7 @@ from trainer.contract.outcome import AttemptResult, Outcome, Policy, pause_befor
 
 ABORT_TIMEOUT_S = 4.0
 COLLECTIVE_TIMEOUT_S = 900  # ranks may wait for one another's data, compilation or last save
+LEAVE_TIMEOUT_S = 30.0
 WORD_TIMEOUT_S = 10.0  # of a rank's word to the host, when the rank may be about to end
 # Read when a worker loads torch. Threads that wait spin for some 20 us: if they slept at once, each
 # of a step's thousands of parallel loops would wait to be woken, a sixth of the time; if they spun
@@ -221,14 +222,21 @@ def _fit(config: HostConfig) -> None:
 def _trainer(config: HostConfig, notes: str) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class Run(DataParallelTrainer):  # type: ignore[misc] # untyped
+        def _create_default_callbacks(self) -> list[Any]:
+            # One starts a process for each attempt, to share out datasets, of which there are none.
+            made = super()._create_default_callbacks()
+            return [each for each in made if not isinstance(each, DatasetsCallback)]
 
     host_name = _own_name()
     nodes = ray.nodes()
     use_gpu = config.gpus_per_worker > 0
     backend = _backend(config, nodes)
     told = {"config": asdict(config), "host": host_name, "has_card": backend == "nccl"}
-    return TorchTrainer(
+    return Run(
         run_worker,
         train_loop_config=told,
         scaling_config=ScalingConfig(
@@ -247,8 +255,57 @@ def _trainer(config: HostConfig, notes: str) -> Any:
             callbacks=[_host_callback(host_name)],
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
-        torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S),
+        backend_config=_process_group(backend),
     )
+
+
+def _process_group(speaks: str) -> Any:
+    """torch's process group of the ranks, as Ray's own TorchConfig makes it.
+
+    With that one host and controller load torch too, one after the other: seconds of each start.
+    """
+    import ray
+    from ray.train._internal.utils import get_address_and_port
+    from ray.train.backend import Backend, BackendConfig
+
+    class ProcessGroup(Backend):  # type: ignore[misc] # untyped
+        share_cuda_visible_devices = True
+
+        def on_start(self, ranks: Any, _config: Any) -> None:
+            told = (len(ranks), *ranks.execute_single(0, get_address_and_port), speaks)
+            ray.get([ranks.execute_single_async(n, _join, n, *told) for n in range(len(ranks))])
+
+        def on_shutdown(self, ranks: Any, _config: Any) -> None:
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                ray.get(ranks.execute_async(_leave, len(ranks)), timeout=LEAVE_TIMEOUT_S)
+
+    class ProcessGroupConfig(BackendConfig):  # type: ignore[misc] # untyped
+        backend_cls = ProcessGroup
+        train_func_context = staticmethod(_own_device)
+
+    return ProcessGroupConfig()
+
+
+def _join(rank: int, size: int, address: str, port: int, speaks: str) -> None:
+    """In a rank: meet the others at rank 0's address."""
+    from ray.train.torch import config
+
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(speaks, rank, size, "env://", COLLECTIVE_TIMEOUT_S)
+
+
+def _leave(size: int) -> None:
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=size > 1)
+
+
+def _own_device() -> Any:
+    """In a rank: what it trains in; its own card is torch's default there."""
+    from ray.train.torch import config
+
+    return config.TorchConfigContextManager()
 
 
 def _backend(config: HostConfig, nodes: Iterable[dict[str, Any]]) -> str:
