@@ -54,7 +54,7 @@ from service.updates import Updates
 from service.upkeep import Upkeep
 from service.uploads import Uploads
 from trainer.contract.credential import host_key
-from trainer.storage.object_store import ObjectStore, StoreError, open_store, probe
+from trainer.storage.object_store import ObjectStore, StoreError, StoreKeyError, open_store, probe
 
 ANY_ADDRESS = ("0.0.0.0", "[::]", "")
 PROBE_S = 30.0  # a store that has just come up may need a moment
@@ -290,8 +290,8 @@ async def _probe(store: Any) -> None:
     while True:
         try:
             return await asyncio.to_thread(probe, store)
-        except StoreError:
-            if time.monotonic() > deadline:
+        except StoreError as error:
+            if isinstance(error, StoreKeyError) or time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.2)
 

@@ -26,6 +26,7 @@ from trainer.storage.object_store import (
     NotFoundError,
     ObjectStore,
     StoreError,
+    StoreKeyError,
     StoreRefusedError,
     StoreUnavailableError,
     StoreUnsuitableError,
@@ -230,6 +231,8 @@ def test_wrong_keys_and_a_missing_bucket_are_refused_without_showing_keys(
         with pytest.raises(StoreRefusedError, match="AWS_SECRET_ACCESS_KEY") as caught:
             call()
         assert "hidden-value" not in str(caught.value)
+    with pytest.raises(StoreKeyError):  # waiting is in vain, which no store says by HEAD
+        stranger.put("a", b"x")
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_the_store(tmp_path: Path) -> None:

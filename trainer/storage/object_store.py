@@ -51,6 +51,10 @@ class StoreRefusedError(StoreError):
     """The store said no (credentials, bucket, rights): somebody must change something first."""
 
 
+class StoreKeyError(StoreRefusedError):
+    """The store knows the access key and has another secret for it: waiting changes nothing."""
+
+
 class StoreUnsuitableError(StoreError):
     """The store answers, but lacks something that checkpoints need: use another."""
 

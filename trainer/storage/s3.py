@@ -38,6 +38,7 @@ from trainer.storage.object_store import (
     ObjectInfo,
     Progress,
     StoreError,
+    StoreKeyError,
     StoreRefusedError,
     StoreUnavailableError,
     check_key,
@@ -230,7 +231,8 @@ def translate(where: str, bucket: str, error: BaseException) -> StoreError:
         if code in BUSY or (status >= 500 and status != 501):
             return StoreUnavailableError(f"{where}: the store answered {status} {code}")
         if status == 403:
-            return StoreRefusedError(
+            kind = StoreKeyError if code == "SignatureDoesNotMatch" else StoreRefusedError
+            return kind(
                 f"{where}: access denied ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
                 "and the rights they give on the bucket"
             )
