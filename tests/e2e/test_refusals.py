@@ -22,11 +22,13 @@ SECRETS = ("service.env", "storage.env", "grafana.env", "ray.token", "token")
 
 @pytest.fixture(scope="module")
 def idle(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    """A box that was up once: image and secrets are there, no container and no volume."""
+    """A box that was never up, or is down again: image and secrets, no container, no volume."""
     box = Box(clone(tmp_path_factory), engine, tmp_path_factory.mktemp("data"))
     try:
-        box.run("make", "up")
-        box.remove()
+        # It makes the secrets before it looks for room; and builds the image only afterwards.
+        assert "make room" in box.refusal(EVERSTEP_MIN_FREE_GB="1000000")
+        commit = box.run("git", "rev-parse", "HEAD").strip()
+        box.run("env", f"EVERSTEP_COMMIT={commit}", "docker", "compose", "build")
         yield box
     finally:
         box.remove()
