@@ -206,7 +206,8 @@ def free_ports(count: int) -> list[int]:
 async def accepts(port: int, host: str = "127.0.0.1") -> bool:
     """Whether something listens there."""
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 1.0)
+        async with asyncio.timeout(1.0):
+            _, writer = await asyncio.open_connection(host, port)
     except (OSError, TimeoutError):
         return False
     writer.close()

@@ -114,7 +114,8 @@ class Reconciler:
                 # The loop must outlive any single failure; the next tick starts from the facts.
                 log.exception("a reconciliation failed")
             try:
-                await asyncio.wait_for(self._awake.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):  # wait_for loses a cancellation beside a wake
+                    await self._awake.wait()
             except TimeoutError:
                 continue
             await asyncio.sleep(GATHER_S)

@@ -719,3 +719,25 @@ async def test_the_loop_outlives_its_failures(plane: ControlPlane) -> None:
         loop.cancel()
     assert away.fired
     assert bug.fired
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_an_end_that_comes_beside_a_wake_is_not_lost(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    looked = asyncio.Event()
+
+    async def look() -> None:
+        looked.set()
+
+    monkeypatch.setattr(plane.reconciler, "_look", look)
+    monkeypatch.setattr("service.reconciler.GATHER_S", 0.0)
+    loop = asyncio.create_task(plane.reconciler.run())
+    await looked.wait()
+    await asyncio.sleep(0.05)  # it waits now
+    plane.reconciler.wake()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    loop.cancel()
+    done, _ = await asyncio.wait([loop], timeout=5)
+    assert done, "it goes on"
