@@ -18,6 +18,7 @@ from trainer.contract.states import FINAL, JobState
 from trainer.storage.manifest import CheckpointRef
 
 AT_ONCE = 1000  # ids in one query; SQLite takes 32,766
+_VIEWS = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
 
 
 class JobStore:
@@ -82,31 +83,23 @@ class JobStore:
         self, states: Collection[JobState], before: int | None, limit: int
     ) -> list[JobView]:
         """Jobs with their progress, newest first, those submitted before a submission number."""
-        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
+        query = _VIEWS
         if states:
             query = query.where(jobs.c.state.in_([state.value for state in states]))
         if before is not None:
             query = query.where(jobs.c.submission < before)
-        async with self._database.read() as connection:
-            rows = await connection.execute(query.order_by(jobs.c.submission.desc()).limit(limit))
-            return [JobView(_job(row), _progress(row)) for row in rows]
+        return await self._views(query.order_by(jobs.c.submission.desc()).limit(limit))
 
     async def trained(self, among: int) -> list[JobView]:
         """Of so many jobs, the newest, those that made a step; newest first."""
         newest = sa.select(jobs.c.submission).order_by(jobs.c.submission.desc()).limit(among)
-        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
-        query = query.where(jobs.c.submission.in_(newest), progress.c.latest_point.is_not(None))
-        async with self._database.read() as connection:
-            rows = await connection.execute(query.order_by(jobs.c.submission.desc()))
-            return [JobView(_job(row), _progress(row)) for row in rows]
+        query = _VIEWS.where(jobs.c.submission.in_(newest), progress.c.latest_point.is_not(None))
+        return await self._views(query.order_by(jobs.c.submission.desc()))
 
     async def children(self, job_ids: Collection[str], limit: int) -> list[JobView]:
         """Jobs that continue from a checkpoint of one of these, in order of submission."""
-        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
-        query = query.where(jobs.c.start["job_id"].as_string().in_(job_ids))
-        async with self._database.read() as connection:
-            rows = await connection.execute(query.order_by(jobs.c.submission).limit(limit))
-            return [JobView(_job(row), _progress(row)) for row in rows]
+        query = _VIEWS.where(jobs.c.start["job_id"].as_string().in_(job_ids))
+        return await self._views(query.order_by(jobs.c.submission).limit(limit))
 
     async def unfinished_children(self, job_id: str) -> list[str]:
         """Ids of jobs that are not final and started from a checkpoint of this one."""
@@ -126,17 +119,18 @@ class JobStore:
     async def accounts(self, job_ids: Collection[str]) -> list[JobView]:
         """Of jobs that are not final, and of these: those with a ledger."""
         unfinished = [state.value for state in JobState if state not in FINAL]
-        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
         wanted = sa.or_(jobs.c.state.in_(unfinished), jobs.c.id.in_(job_ids))
+        return await self._views(_VIEWS.where(wanted, progress.c.ledger.is_not(None)))
+
+    async def _views(self, query: sa.Select[Any]) -> list[JobView]:
         async with self._database.read() as connection:
-            rows = await connection.execute(query.where(wanted, progress.c.ledger.is_not(None)))
+            rows = await connection.execute(query)
             return [JobView(_job(row), _progress(row)) for row in rows]
 
     async def view(self, job_id: str) -> JobView | None:
         """One job with its progress and attempts, newest attempt first."""
-        query = sa.select(jobs, progress).join(progress, progress.c.job_id == jobs.c.id)
         async with self._database.read() as connection:
-            row = (await connection.execute(query.where(jobs.c.id == job_id))).first()
+            row = (await connection.execute(_VIEWS.where(jobs.c.id == job_id))).first()
             if row is None:
                 return None
             tries = await connection.execute(
