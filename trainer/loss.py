@@ -92,12 +92,7 @@ def learn(
         total += nats
         wide_RP = operand(logits_RP)
         grad_RC.copy_(product(wide_RP, cast_PC.mT))
-        if by_onednn(wide_RP):
-            room.add_transposed(wide_RP, wide_RC, kernels.transpose)
-        elif wide_RP.dtype is weight_PC.dtype:
-            weight_PC.grad.addmm_(wide_RP.mT, wide_RC)
-        else:
-            room.add_gradient(wide_RP, wide_RC, kernels.add)
+        room.add_gradient(wide_RP, wide_RC, kernels)
     return total / _count(targets_N), grad_NC
 
 
@@ -144,31 +139,32 @@ class _Room:
             return torch.mm(x_RC, weight_PC.mT, out=logits_RP)
         return logits_RP.copy_(x_RC @ weight_PC.mT)
 
-    def add_gradient(self, slope_RP: Tensor, x_RC: Tensor, add: Callable[..., None]) -> None:
-        """Add a chunk's gradient to the weight's, which has another dtype, a block at a time."""
+    def add_gradient(self, slope_RP: Tensor, x_RC: Tensor, kernels: Kernels) -> None:
+        """Add a chunk's gradient to the weight's; what that takes beside it, a block at a time."""
         assert self._weight_PC.grad is not None
-        rows = chunk_rows(slope_RP.size(1), x_RC.size(1), self._chunk_bytes // BLOCKS_A_CHUNK)
-        if self._product is None:
-            self._product = x_RC.new_empty(rows, x_RC.size(1))
-        pairs = zip(
-            torch.split(self._weight_PC.grad, rows), torch.split(slope_RP, rows, dim=1), strict=True
-        )
-        for grad, slope in pairs:
-            add(grad, torch.mm(slope.mT, x_RC, out=self._product[: grad.size(0)]))
+        if by_onednn(slope_RP):  # which is slow to transpose
+            if self._transposed is None:
+                self._transposed = slope_RP.new_empty(self._columns, self._logits_RP.size(0))
+            for grad_SC, slope_RS in self._blocks(slope_RP, self._columns):
+                slope_SR = self._transposed[: grad_SC.size(0), : x_RC.size(0)]
+                kernels.transpose(slope_SR, slope_RS)
+                grad_SC.add_(product(slope_SR, x_RC.mT))
+        elif slope_RP.dtype is self._weight_PC.dtype:
+            self._weight_PC.grad.addmm_(slope_RP.mT, x_RC)
+        else:
+            most = self._chunk_bytes // BLOCKS_A_CHUNK
+            rows = chunk_rows(slope_RP.size(1), x_RC.size(1), most)
+            if self._product is None:
+                self._product = x_RC.new_empty(rows, x_RC.size(1))
+            for grad_SC, slope_RS in self._blocks(slope_RP, rows):
+                out = self._product[: grad_SC.size(0)]
+                kernels.add(grad_SC, torch.mm(slope_RS.mT, x_RC, out=out))
 
-    def add_transposed(
-        self, slope_RP: Tensor, x_RC: Tensor, transpose: Callable[[Tensor, Tensor], None]
-    ) -> None:
-        """Add a chunk's gradient to the weight's by oneDNN, which is slow to transpose."""
+    def _blocks(self, slope_RP: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """So many rows of the weight's gradient at a time, and the columns that they belong to."""
         assert self._weight_PC.grad is not None
-        if self._transposed is None:
-            self._transposed = slope_RP.new_empty(self._columns, self._logits_RP.size(0))
-        grads = torch.split(self._weight_PC.grad, self._columns)
-        blocks = torch.split(slope_RP, self._columns, dim=1)
-        for grad_SC, slope_RS in zip(grads, blocks, strict=True):
-            slope_SR = self._transposed[: grad_SC.size(0), : x_RC.size(0)]
-            transpose(slope_SR, slope_RS)
-            grad_SC.add_(product(slope_SR, x_RC.mT))
+        slopes = torch.split(slope_RP, size, dim=1)
+        yield from zip(torch.split(self._weight_PC.grad, size), slopes, strict=True)
 
 
 def chunk_nats(logits_RP: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
