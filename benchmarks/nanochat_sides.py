@@ -229,7 +229,7 @@ def nanochat_side(case: Case, pipe: Connection) -> None:
             turn.add("optimizer", done - passed)
             turn.wall_s += done - began
             step += 1
-            if step == 1:
+            if step == 1:  # as its script does
                 gc.collect()
                 gc.freeze()
                 gc.disable()

@@ -30,7 +30,7 @@ def compare(case: Case, warm: int, steps: int, rounds: int) -> None:
     sides = (("nanochat", nanochat_side, {}), ("everstep", our_side, WORKER_ENVIRONMENT))
     for name, side, environment in sides:
         ours, theirs = spawn.Pipe()
-        os.environ |= environment
+        os.environ |= environment  # the first side's process has begun without it
         process = spawn.Process(target=side, args=(case, theirs), daemon=True)
         process.start()
         theirs.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from trainer import arithmetic
@@ -13,6 +14,13 @@ from trainer.gpt import GPT
 from trainer.muon import orthogonalise
 
 BF16_STEP = 2.0**-8  # relative distance of neighbouring bf16 numbers
+
+
+def learned(model: GPT, ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and each parameter's gradient."""
+    model.zero_grad()
+    loss = model.learn(ids_BT[:, :-1], ids_BT[:, 1:])
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("emulated", [True, False])
@@ -37,10 +45,7 @@ def test_a_model_computes_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -
     found = []
     for emulated in (True, False):
         monkeypatch.setattr(arithmetic, "_EMULATED", emulated)
-        model.zero_grad()
-        loss = model.learn(ids_BT[:, :-1], ids_BT[:, 1:])
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found.append((loss, gradients))
+        found.append(learned(model, ids_BT))
     (wide_loss, wide), (native_loss, native) = found
     torch.testing.assert_close(wide_loss, native_loss, rtol=BF16_STEP, atol=0.0)
     for name, gradient in native.items():
@@ -97,10 +102,7 @@ def test_a_model_learns_the_same_by_either_library(monkeypatch: pytest.MonkeyPat
     found = []
     for onednn in (True, False):
         monkeypatch.setattr(arithmetic, "_ONEDNN", onednn)
-        model.zero_grad()
-        loss = model.learn(ids_BT[:, :-1], ids_BT[:, 1:])
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found.append((loss, gradients, model.logits(ids_BT[:, :-1])))
+        found.append((*learned(model, ids_BT), model.logits(ids_BT[:, :-1])))
     (loss, gradients, logits), (usual_loss, usual, usual_logits) = found
     torch.testing.assert_close(loss, usual_loss)
     torch.testing.assert_close(logits, usual_logits)
