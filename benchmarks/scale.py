@@ -89,7 +89,8 @@ async def store(folder: Path) -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     for number in range(JOBS):
-        job = await jobs.insert(new_job(number), events.state_changed(new_job(number), time.time()))
+        job = new_job(number)
+        await jobs.insert(job, events.state_changed(job, time.time()))
         begun = Attempt(job.id, 1, time.time(), 0)
         await records.begin_attempt(begun, events.attempt_started(1, 0, time.time()))
         await records.append(job.id, [events.point_record(point(1), time.time(), 1)])

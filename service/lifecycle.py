@@ -87,7 +87,7 @@ class Lifecycle:
         request_id: str,
         request_sha256: str,
         actor: str = "",
-    ) -> tuple[Job, Resolved | None]:
+    ) -> tuple[JobView, Resolved | None]:
         """Queue a job, or return the one that this request made before (then without a plan).
 
         Raises:
@@ -95,9 +95,8 @@ class Lifecycle:
             LearningRateJumpError: the guard objects.
             RequestReusedError: request_id was used for something else.
         """
-        known = await self._jobs.by_request(request_id) if request_id else None
-        if known is not None:
-            return self._same_request(known, request_sha256), None
+        if request_id and (known := await self._made_before(request_id, request_sha256)):
+            return known, None
         resolved = await self.plan(data, inherit)
         if resolved.plan.jumps:
             raise LearningRateJumpError(jump_message(resolved.plan))
@@ -127,8 +126,11 @@ class Lifecycle:
             # First the document: a job whose spec can't be stored must not be in the queue.
             await self._storage.save_document(document)
             stored = await self._jobs.insert(job, events.state_changed(job, now, actor=actor))
+        if stored is None:  # the same request came twice at once
+            await self._storage.delete_job(job.id, job.start)
+            return await self.submit(data, inherit, request_id, request_sha256, actor)
         self._wake()
-        return self._same_request(stored, request_sha256), resolved
+        return stored, resolved
 
     async def check_kept(self, start: CheckpointRef) -> None:
         """Raise SpecError where the job that it belongs to is being deleted."""
@@ -325,12 +327,15 @@ class Lifecycle:
             return view, error  # the job has stopped all the same
         return view, manifests[0] if manifests else None
 
-    def _same_request(self, job: Job, request_sha256: str) -> Job:
+    async def _made_before(self, request_id: str, request_sha256: str) -> JobView | None:
+        job = await self._jobs.by_request(request_id)
+        if job is None:
+            return None
         if job.request_sha256 != request_sha256:
             raise RequestReusedError(
-                f"request_id {job.request_id!r} made job {job.id} from another request"
+                f"request_id {request_id!r} made job {job.id} from another request"
             )
-        return job
+        return await self.get(job.id)
 
 
 def request_digest(message: bytes) -> str:

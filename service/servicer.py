@@ -73,10 +73,9 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
             plan = plan_to_proto(resolved)
             return pb.SubmitJobResponse(plan=plan)
         digest = request_digest(request.SerializeToString(deterministic=True))
-        job, made = await self._lifecycle.submit(
+        view, made = await self._lifecycle.submit(
             data, request.inherit, request.request_id, digest, actor()
         )
-        view = await self._lifecycle.get(job.id)
         return pb.SubmitJobResponse(
             job=convert.job_to_proto(view),
             plan=plan_to_proto(made) if made else None,

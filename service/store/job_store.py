@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.jobs import Attempt, Desired, Job, JobView, Progress
@@ -29,20 +30,22 @@ class JobStore:
         self._unfinished: dict[str, Job] = {}  # as last read: each change has another version
         self._read_at: int | None = None  # so many commits of jobs were made when they were read
 
-    async def insert(self, job: Job, *records: NewRecord) -> Job:
-        """Store a new job with its first records, or return the one with the same request_id."""
+    async def insert(self, job: Job, *new: NewRecord) -> JobView | None:
+        """Store a new job with its first records; None where its request_id made one before."""
         async with self._database.write() as connection:
-            found = await _first(connection, jobs.c.request_id == job.request_id)
-            if found is not None:
-                return found
             result = await connection.execute(
-                sa.insert(jobs).values(**_job_columns(job), version=0)
+                insert(jobs)
+                .values(**_job_columns(job), version=0)
+                .on_conflict_do_nothing([jobs.c.request_id])
+                .returning(jobs.c.submission)
             )
-            key = result.inserted_primary_key
-            assert key is not None
+            submission = result.scalar()
+            if submission is None:
+                return None
             step = job.start.step if job.start else job.spec.start.step or 0
-            await begin_stream(connection, job.id, step, job.created_at, records)
-            return replace(job, submission=int(key[0]), version=0)
+            ledger = await begin_stream(connection, job.id, step, job.created_at, new)
+            stored = replace(job, submission=submission, version=0)
+            return JobView(stored, Progress(step, ledger=ledger))
 
     async def get(self, job_id: str) -> Job | None:
         """One job."""

@@ -157,16 +157,18 @@ class RecordStore:
 
 async def begin_stream(
     connection: AsyncConnection, job_id: str, step: int, created_at: float, new: Sequence[NewRecord]
-) -> None:
+) -> Ledger:
     """The progress of a job that was inserted in this transaction, and its first records.
 
-    step: where it starts.
+    step: where it starts. Returns its ledger, after these records.
     """
-    rows, changes = _taken(job_id, 1, Ledger(until=created_at), new)
+    ledger = Ledger(until=created_at)
+    rows, changes = _taken(job_id, 1, ledger, new)
     await connection.execute(sa.insert(progress).values(**{"step": step, **changes}, job_id=job_id))
     if rows:
         await connection.execute(sa.insert(records), rows)
     connection.info[TOUCHED].add(job_id)
+    return ledger
 
 
 async def append_records(

@@ -100,7 +100,9 @@ class ControlPlane:
 
     async def add(self, job: Job) -> Job:
         """Queue a job directly."""
-        return await self.jobs.insert(job, events.state_changed(job, job.created_at))
+        view = await self.jobs.insert(job, events.state_changed(job, job.created_at))
+        assert view is not None
+        return view.job
 
     async def job(self, job_id: str) -> Job:
         """The job as it stands."""

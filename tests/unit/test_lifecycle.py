@@ -47,7 +47,7 @@ async def submit(
 ) -> Job:
     """Submit TINY with changes; with inherit only the changes."""
     data = sections if inherit else changed(TINY, **sections)
-    return (await plane.lifecycle.submit(data, inherit, request, DIGEST))[0]
+    return (await plane.lifecycle.submit(data, inherit, request, DIGEST))[0].job
 
 
 async def refused(plane: ControlPlane, **sections: Any) -> dict[str, str]:
@@ -121,13 +121,24 @@ async def test_the_same_request_gives_the_same_job_and_no_second_document(
     first = await submit(plane, request="R")
     keys = [info.key for info in plane.store.list("")]
     again, made = await plane.lifecycle.submit(TINY, False, "R", DIGEST)
-    assert (again, made) == (first, None)
+    assert (again.job, made) == (first, None)
     assert [info.key for info in plane.store.list("")] == keys
 
 
 async def test_the_same_request_at_the_same_time_makes_one_job(plane: ControlPlane) -> None:
     jobs = await asyncio.gather(*(submit(plane, request="R") for _ in range(4)))
     assert len({job.id for job in jobs}) == 1
+    assert [info.key for info in plane.store.list("jobs/")] == [f"jobs/{jobs[0].id}/spec.json"]
+
+
+async def test_a_submission_answers_what_get_shows(plane: ControlPlane) -> None:
+    view, _ = await plane.lifecycle.submit(TINY, False, "R", DIGEST)
+    assert view == await plane.lifecycle.get(view.job.id)
+    checkpoint(plane, view.job, 3)
+    start = changed(TINY, start={"from": f"{view.job.id}@3"})
+    forked, _ = await plane.lifecycle.submit(start, False, "F", DIGEST)
+    assert forked.progress.step == 3
+    assert forked == await plane.lifecycle.get(forked.job.id)
 
 
 async def test_another_request_under_the_same_id_is_refused(plane: ControlPlane) -> None:

@@ -88,7 +88,7 @@ async def test_a_plan_shows_the_rates_in_force_and_a_job_is_queued(
 ) -> None:
     async with control_plane(tmp_path / "state") as plane:
         data = changed(plane_spec(folder))
-        job, made = await plane.lifecycle.submit(data, False, "", "0" * 64)
+        view, made = await plane.lifecycle.submit(data, False, "", "0" * 64)
         assert made is not None
         assert made.plan.start_step == 15
         row = next(row for row in made.plan.rates if row.group == "lm_head")
@@ -97,10 +97,9 @@ async def test_a_plan_shows_the_rates_in_force_and_a_job_is_queued(
         assert any(
             text.startswith("data: goes on after row group 5") for text in made.plan.warnings
         )
-        document = await plane.storage.document(job.id)
+        document = await plane.storage.document(view.job.id)
         assert document.nanochat is not None
         assert document.nanochat.step == 15
-        view = await plane.lifecycle.get(job.id)
         assert view.progress.step == 15
 
 

@@ -11,7 +11,9 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import aiosqlite
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
@@ -20,6 +22,7 @@ from service.errors import StaleAttemptError
 from service.jobs import Attempt, Desired, Record
 from service.store import Database, JobStore, NewRecord, RecordStore
 from service.store.deletion_store import DeletionStore
+from service.store.record_store import append_records
 from tests.fakes.control_plane import ControlPlane, control_plane, new_job
 from trainer.contract.states import JobState
 from trainer.storage.manifest import CheckpointRef
@@ -46,8 +49,7 @@ def texts(records: list[Record]) -> list[str]:
 
 async def test_inserting_one_request_twice_makes_one_job(plane: ControlPlane) -> None:
     first = await plane.add(new_job(1))
-    again = await plane.add(new_job(2, request_id="request-1"))
-    assert again == first
+    assert await plane.jobs.insert(new_job(2, request_id="request-1"), warned("lost")) is None
     assert await plane.jobs.get("JOB2") is None
     assert await plane.jobs.by_request("request-1") == first
     assert len(await plane.records.read("JOB1", 0, 10)) == 1
@@ -192,6 +194,43 @@ async def test_a_transaction_that_fails_writes_nothing_and_wakes_nobody(
         await plane.jobs.change(job, replace(job, reason="new"), broken)
     assert await plane.job("JOB1") == job
     assert not waited.is_set()
+
+
+async def test_a_transaction_that_is_cancelled_writes_nothing_and_blocks_nobody(
+    plane: ControlPlane,
+) -> None:
+    job = await plane.add(new_job(1))
+    written = asyncio.Event()
+
+    async def half() -> None:
+        async with plane.database.write() as connection:
+            await append_records(connection, job.id, [warned("half")])
+            written.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(half())
+    await written.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await plane.records.append(job.id, [warned("whole")])
+    assert texts(await plane.records.read(job.id, 1, 10)) == ["whole"]
+
+
+async def test_a_query_takes_one_turn_of_its_connections_thread(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await plane.add(new_job(1))
+    turns = []
+    through = aiosqlite.Connection._execute
+
+    async def counted(self: aiosqlite.Connection, *call: Any) -> Any:
+        turns.append(call)
+        return await through(self, *call)
+
+    monkeypatch.setattr(aiosqlite.Connection, "_execute", counted)
+    assert await plane.jobs.get(job.id) == job
+    assert len(turns) == 1
 
 
 async def test_everything_survives_close_and_reopen(tmp_path: Path) -> None:
