@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.fakes.corpus import CORPUS, TOKENIZER, parquet, reader_of, write_corpus
+from tests.fakes.corpus import (
+    CORPUS,
+    TOKENIZER,
+    parquet,
+    reader_of,
+    write_corpus,
+    write_everstep_tokenizer,
+)
 from trainer.data.shards import ShardFormatError
+from trainer.storage import binding, tokenizer_files
 from trainer.storage.binding import (
+    QUICK_S,
     BindingError,
     DataBinding,
     DataChangedError,
     bind,
+    bind_tokenizer,
+    list_shards,
     read_bound_tokenizer,
+    read_footers,
 )
+from trainer.storage.object_store import LocalObjectStore
+from trainer.storage.tokenizer_files import TokenizerFiles
 
 SHARDS = [[["one", "two"], ["three"]], [["four"]], [["five"]]]
 
@@ -94,6 +110,49 @@ def test_a_long_footer_is_read_whole(tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / name)
     binding = bind(f"file:{tmp_path}", f"file:{TOKENIZER}", "last")
     assert binding.shards[0].footer_sha256 == binding.validation.footer_sha256
+
+
+def test_where_a_read_is_slow_footers_are_read_beside_one_another() -> None:
+    together = threading.Barrier(3)  # the first is read alone, and three are left
+
+    class Far(LocalObjectStore):
+        def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+            if key == "shard_00000.parquet":
+                time.sleep(2 * QUICK_S)
+            else:
+                together.wait(timeout=30)
+            return super().get(key, start, end)
+
+    store = Far(CORPUS)
+    near = bind(f"file:{CORPUS}", f"file:{TOKENIZER}", "last")
+    assert read_footers(store, list_shards(store)) == [*near.shards, near.validation]
+
+
+def test_a_tokenizer_is_parsed_once_for_each_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+
+    def parse(form: str, content: tuple[bytes, ...]) -> TokenizerFiles:
+        parsed.append(form)
+        return tokenizer_files.parse(form, content)
+
+    folder = tmp_path / "tokenizer"
+    write_everstep_tokenizer(folder)
+    monkeypatch.setattr(binding, "parse", parse)
+    monkeypatch.setattr(binding, "_tokenizers", {})
+    first = bind_tokenizer(f"file:{folder}")
+    assert bind_tokenizer(f"file:{folder}") == first
+    assert parsed == ["everstep"]
+    assert bind_tokenizer(f"file:{TOKENIZER}").sha256 == first.sha256
+    ranks = folder / "ranks.tiktoken"
+    ranks.write_bytes(b"".join(reversed(ranks.read_bytes().splitlines(keepends=True))))
+    assert bind_tokenizer(f"file:{folder}").sha256 == first.sha256, "of the content"
+    description = folder / "tokenizer.json"
+    description.write_bytes(description.read_bytes().replace(b"|bos|", b"|sob|"))
+    with pytest.raises(BindingError, match="bos"):
+        bind_tokenizer(f"file:{folder}")
+    assert parsed == ["everstep", "nanochat", "everstep", "everstep"]
 
 
 def test_shards_added_later_are_ignored(tmp_path: Path) -> None:
