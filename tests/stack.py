@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import boto3
 import psutil
 
 from everstep import Client
@@ -125,6 +126,16 @@ class Stack:
         """Ports and keys of the parts."""
         found: dict[str, Any] = json.loads((self.state / "parts" / "wiring.json").read_text())
         return found
+
+    def s3(self) -> Any:
+        """A client of its own SeaweedFS."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.facts["s3_endpoint"],
+            aws_access_key_id=self.wiring["s3_access_key"],
+            aws_secret_access_key=self.wiring["s3_secret_key"],
+            region_name="us-east-1",
+        )
 
     def part_pid(self, name: str) -> int:
         """The process that leads a part: ray or seaweedfs."""

@@ -40,15 +40,14 @@ from trainer.distributed import World
 from trainer.events import CheckpointPassedOver, Directive, Event, Point, Reporter, Warned
 from trainer.failures import outcome_of
 from trainer.gpu import watch_gpus
-from trainer.keeper import keep
-from trainer.logs import LoggingReporter, LogShipper
+from trainer.logs import LoggingReporter, RankLog
 from trainer.loop import Loop, LoopEnd, Parts
-from trainer.output import readable, secrets_of
+from trainer.output import secrets_of
 from trainer.pace import Pace
 from trainer.report import ServiceReporter
 from trainer.runtime import look, prepare, require_card, settle
 from trainer.start import START_BUDGET_S, Start, choose_start, load
-from trainer.storage.layout import MAX_STEP, LogKey
+from trainer.storage.layout import MAX_STEP
 from trainer.storage.object_store import ObjectStore, StoreError, open_store
 from trainer.storage.repository import CheckpointRepository
 from trainer.storage.retry import patiently
@@ -143,8 +142,7 @@ def _run(
     context: AttemptContext, world: World, progress: _Progress, cleanup: contextlib.ExitStack
 ) -> AttemptResult:
     """Claim, build, train, save. What is opened is closed by cleanup, newest first."""
-    if context.has_card:
-        require_card()
+    own_log = _begin(context, world)
     cache = Path(context.cache_dir)
     store = open_store(context.storage_uri)
     repository = CheckpointRepository(store, context.job_id)
@@ -160,7 +158,7 @@ def _run(
     asked = blueprint.spec.batch.device_batch_size
     blueprint = replace(blueprint, spec=fitted(blueprint.spec, world.size, start.too_large))
     progress.spec = blueprint.spec
-    _ship_logs(context, world, store, start.attempt, cleanup)
+    _ship_logs(context, world, own_log, store, start.attempt, cleanup)
     reporter = LoggingReporter(_reporter(context, world, start))
     cleanup.callback(reporter.close)
     runtime = prepare(
@@ -211,26 +209,30 @@ def _run(
     return _ended(writer, world, start, Loop(parts, start.state).run())
 
 
+def _begin(context: AttemptContext, world: World) -> RankLog:
+    """Keep what this rank writes before anything can fail; first of that its card."""
+    secrets = [context.host_key, *secrets_of(os.environ)]
+    own_log = RankLog(context.storage_uri, context.job_id, world.rank, context.output, secrets)
+    if context.has_card:
+        require_card()
+    return own_log
+
+
 def _ship_logs(
     context: AttemptContext,
     world: World,
+    own_log: RankLog,
     store: ObjectStore,
     attempt: int,
     cleanup: contextlib.ExitStack,
 ) -> None:
     """From here on the log is kept in the bucket; its first line says who speaks."""
-    key = LogKey(attempt, world.rank, 1)
     identity = AttemptIdentity(context.job_id, context.host_number, attempt)
     credential = attempt_credential(context.host_key, identity)
-    files, secrets = readable(context.output), [credential, context.host_key]
-    secrets += secrets_of(os.environ)
-    facts = {"storage": context.storage_uri, "job": context.job_id, "secrets": secrets}
-    keeper = keep(files, attempt=attempt, rank=world.rank, **facts)
-    shipper = LogShipper(store, context.job_id, key, files, secrets, keeper)
-    cleanup.callback(shipper.close)
+    cleanup.callback(own_log.ship(store, attempt, credential).close)
     place = (world.rank, world.size, attempt, context.host, os.getpid())
     log.info("rank %d of %d, attempt %d at %s, process %d", *place)
-    if context.output and not files:
+    if context.output and not own_log.files:
         log.warning("what is not logged is not kept: this process writes to a pipe, not to a file")
 
 

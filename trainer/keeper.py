@@ -31,7 +31,7 @@ class Keeper:
     """The rank's side."""
 
     def __init__(self, files: Sequence[int], **facts: Any) -> None:
-        """files: what the rank writes to, to be read. facts: see `ship`; by pipe, not by argv."""
+        """files: what the rank writes to, to be read. facts: see `note`."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "trainer.keeper"],
             stdin=subprocess.PIPE,
@@ -42,11 +42,11 @@ class Keeper:
         )
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)  # one that is stopped holds up nobody
-        self._tell(json.dumps({"files": list(files), **facts}) + "\n")
+        self.note(files=list(files), **facts)
 
-    def note(self, sequence: int, offsets: Sequence[int]) -> None:
-        """The number of the next piece, and where in each file it begins."""
-        self._tell(json.dumps({"sequence": sequence, "offsets": list(offsets)}) + "\n")
+    def note(self, **facts: Any) -> None:
+        """What holds from now on; see `ship`. By pipe, not by argv: some are secrets."""
+        self._tell(json.dumps(facts) + "\n")
 
     def dismiss(self) -> None:
         """Nothing is left to ship."""
@@ -71,10 +71,11 @@ def keep(files: Sequence[int], **facts: Any) -> Keeper | None:
         return None
 
 
-def ship(facts: dict[str, Any], sequence: int = 1, offsets: Sequence[int] = ()) -> None:
-    """Store what is left in the files, from the piece of that number on.
+def ship(facts: dict[str, Any]) -> None:
+    """Store what is left in the files.
 
-    facts: storage (its URI), job, attempt, rank, files, and secrets, which no line may hold.
+    facts: storage (its URI), job, attempt, rank, files, and secrets, which no line may hold;
+    sequence, the number of the next piece, and offsets, where in each file it begins.
 
     Raises:
         StoreError: it could not be stored within KEEP_S.
@@ -85,7 +86,8 @@ def ship(facts: dict[str, Any], sequence: int = 1, offsets: Sequence[int] = ()) 
     from trainer.storage.retry import patiently
 
     store = open_store(facts["storage"])
-    tail = Tail(facts["files"], facts["secrets"], offsets)
+    tail = Tail(facts["files"], facts["secrets"], facts["offsets"])
+    sequence = facts["sequence"]
     while lines := tail.take(last=True):
         key = LogKey(facts["attempt"], facts["rank"], sequence)
         # Safe to repeat; a piece that the rank stored in its last moment comes again, with more.
@@ -98,12 +100,12 @@ def main() -> None:
     """Wait for the rank's end."""
     if os.fork():  # nobody's child: Ray ends a worker's children with it
         os._exit(0)
-    facts = json.loads(sys.stdin.readline())
-    last = "{}"
+    facts: dict[str, Any] = {}
     for told in sys.stdin:
-        last = told
-    if last != DISMISSED:
-        ship(facts, **json.loads(last))
+        if told == DISMISSED:
+            return
+        facts |= json.loads(told)
+    ship(facts)
 
 
 if __name__ == "__main__":

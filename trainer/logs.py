@@ -19,8 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from trainer.events import Directive, Event, Point, Reporter
-from trainer.keeper import Keeper
-from trainer.output import Tail
+from trainer.keeper import Keeper, keep
+from trainer.output import Tail, readable
 from trainer.report import event_to_proto, point_line
 from trainer.storage.layout import LogKey
 from trainer.storage.logs import write_piece
@@ -103,8 +103,33 @@ class LogShipper(logging.Handler):
         if lines:
             self._key = replace(self._key, sequence=self._key.sequence + 1)
             if self._keeper is not None:
-                self._keeper.note(self._key.sequence, self._tail.offsets)
+                self._keeper.note(sequence=self._key.sequence, offsets=self._tail.offsets)
         return bool(lines)
+
+
+class RankLog:
+    """All that a rank's process writes, from its first word on.
+
+    The keeper alone has it until the rank belongs to an attempt: if it never does, that shows why.
+    """
+
+    def __init__(
+        self, storage: str, job_id: str, rank: int, output: Sequence[int], secrets: Iterable[str]
+    ) -> None:
+        """storage: its URI. output: what the process writes to. secrets: what no line may hold."""
+        self.files = readable(output)
+        self._job_id, self._rank, self._secrets = job_id, rank, list(secrets)
+        facts = {"storage": storage, "job": job_id, "rank": rank, "secrets": self._secrets}
+        began = {"attempt": 0, "sequence": int(time.time()), "offsets": []}
+        self._keeper = keep(self.files, **facts, **began)
+
+    def ship(self, store: ObjectStore, attempt: int, credential: str) -> LogShipper:
+        """From here on the bucket has it, as that of the attempt; credential: one more secret."""
+        secrets = [credential, *self._secrets]
+        if self._keeper is not None:
+            self._keeper.note(attempt=attempt, sequence=1, secrets=secrets)
+        key = LogKey(attempt, self._rank, 1)
+        return LogShipper(store, self._job_id, key, self.files, secrets, self._keeper)
 
 
 class LoggingReporter:

@@ -13,7 +13,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import boto3
 import psutil
 import pytest
 
@@ -269,7 +268,7 @@ def argv(process: psutil.Process) -> bytes:
 
 def body(stack: Stack, key: str) -> bytes:
     """An object of the bucket."""
-    found: bytes = s3(stack).get_object(Bucket="everstep", Key=key)["Body"].read()
+    found: bytes = stack.s3().get_object(Bucket="everstep", Key=key)["Body"].read()
     return found
 
 
@@ -283,23 +282,11 @@ def digests(stack: Stack, job_id: str, step: int) -> dict[str, str]:
     """Name and SHA-256 of every part of a job's checkpoint at a step."""
     prefix = f"jobs/{job_id}/checkpoints/{step:010d}/"
     key = next(o["Key"] for o in objects(stack, prefix) if o["Key"].endswith("manifest.json"))
-    body = s3(stack).get_object(Bucket="everstep", Key=key)["Body"].read()
+    body = stack.s3().get_object(Bucket="everstep", Key=key)["Body"].read()
     return {part["name"]: part["sha256"] for part in json.loads(body)["parts"]}
 
 
 def objects(stack: Stack, prefix: str) -> list[dict[str, Any]]:
     """What lies in the bucket."""
-    pages = s3(stack).get_paginator("list_objects_v2").paginate(Bucket="everstep", Prefix=prefix)
+    pages = stack.s3().get_paginator("list_objects_v2").paginate(Bucket="everstep", Prefix=prefix)
     return [item for page in pages for item in page.get("Contents", [])]
-
-
-def s3(stack: Stack) -> Any:
-    """A client of the stack's own SeaweedFS."""
-    wiring = stack.wiring
-    return boto3.client(
-        "s3",
-        endpoint_url=stack.facts["s3_endpoint"],
-        aws_access_key_id=wiring["s3_access_key"],
-        aws_secret_access_key=wiring["s3_secret_key"],
-        region_name="us-east-1",
-    )

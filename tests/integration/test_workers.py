@@ -219,6 +219,22 @@ def test_what_a_rank_wrote_last_is_kept_when_rays_files_are_gone(gpus: Stack) ->
     assert not any(secret in line.line for line in lines)
 
 
+def test_of_ranks_that_never_belonged_to_an_attempt_the_log_says_why(gpus: Stack) -> None:
+    """What they look for first is gone from the bucket by the time they start."""
+    with gpus.client() as client:
+        job = client.submit(spec(2)).job
+        gpus.s3().delete_object(Bucket="everstep", Key=f"jobs/{job.id}/spec.json")
+        failed = wait_for_state(client, job.id, pb.JOB_STATE_FAILED)
+        assert len(failed.attempts) == 0
+        wait_until(lambda: not keepers(gpus), 30, "the keepers' end")
+        lines = list(client.logs(job.id))
+    assert {(line.attempt, line.rank) for line in lines} == {(0, 0), (0, 1)}
+    for rank in (0, 1):
+        text = "\n".join(line.line for line in lines if line.rank == rank)
+        assert "the attempt failed" in text
+        assert "spec.json does not exist" in text
+
+
 def test_a_trainer_that_does_not_answer_is_stopped_by_force_and_nothing_stays(
     gpus: Stack,
 ) -> None:

@@ -26,7 +26,7 @@ WAIT_S = 30.0
 # A rank as Ray starts it: files of its own as standard output and error, read from their beginning.
 RANK = """
 import ctypes, faulthandler, json, logging, os, signal, sys, time
-from trainer.attempt import AttemptContext, _ship_logs
+from trainer.attempt import AttemptContext, _begin, _ship_logs, run_attempt
 from contextlib import ExitStack
 from trainer.distributed import World
 from trainer.storage.object_store import open_store
@@ -36,8 +36,15 @@ faulthandler.enable(2, all_threads=True)
 print("before the attempt", flush=True)
 where = ("job1", storage, "/nowhere", "host-1", 1)
 context = AttemptContext(*where, host_key="ab" * 32, output=(1, 2))
+if end == "without a job":
+    print(run_attempt(context, World()), flush=True)
+    sys.exit()
+own_log = _begin(context, World())
+if end == "unclaimed":
+    ctypes.CDLL(None).dprintf(2, b"CUDA from C, with %s\\n", os.environ["SOME_TOKEN"].encode())
+    os.kill(os.getpid(), signal.SIGSEGV)
 with ExitStack() as cleanup:
-    _ship_logs(context, World(), open_store(storage), 3, cleanup)
+    _ship_logs(context, World(), own_log, open_store(storage), 3, cleanup)
     libc = ctypes.CDLL(None)
     libc.dprintf(2, b"NCCL WARN from C, to descriptor 2\\n")
     libc.dprintf(1, b"a word to descriptor 1, with %s\\n", os.environ["SOME_TOKEN"].encode())
@@ -65,10 +72,11 @@ def texts(store: LocalObjectStore) -> list[str]:
     return [line.text for key in keys for line in read_piece(store, JOB, key)]
 
 
-def rank(folder: Path, end: str) -> subprocess.Popen[bytes]:
+def rank(folder: Path, end: str, bucket: Path | None = None) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
     with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
         return subprocess.Popen(
-            [sys.executable, "-c", RANK, f"file:{folder / 'bucket'}", end],
+            [sys.executable, "-c", RANK, f"file:{bucket or folder / 'bucket'}", end],
             stdout=out,
             stderr=err,
             env={**os.environ, "SOME_TOKEN": SECRET},
@@ -117,6 +125,31 @@ def test_what_a_rank_wrote_is_kept_however_it_ended(
     assert "ab" * 32 not in everything
     told = (tmp_path / "out").read_text() + (tmp_path / "err").read_text()
     assert "NCCL WARN" in told, "the files themselves have everything too"
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("unclaimed", ["CUDA from C, with ***", "Fatal Python error: Segmentation fault"]),
+        ("without a job", ["the attempt failed", "AttemptResult(attempt=0, "]),
+    ],
+)
+def test_of_a_rank_that_never_belonged_to_an_attempt_the_log_says_why(
+    tmp_path: Path, store: LocalObjectStore, end: str, said: list[str]
+) -> None:
+    for count in (1, 2):  # the next try's stands beside it
+        began = int(time.time())
+        process = rank(tmp_path / str(count), end, tmp_path / "bucket")
+        assert process.wait(WAIT_S) == (-signal.SIGSEGV if end == "unclaimed" else 0)
+        wait_until(lambda: not keepers(), "the keeper's end")
+        keys = new_pieces(store, JOB, frozenset())
+        assert len(keys) == count
+        assert keys[-1].attempt == 0
+        assert began <= keys[-1].sequence <= time.time()
+        text = "\n".join(line.text for line in read_piece(store, JOB, keys[-1]))
+        for each in ("before the attempt", *said):
+            assert each in text
+        assert SECRET not in text
 
 
 def test_the_rank_goes_on_where_somebody_ended_its_keeper(

@@ -24,7 +24,7 @@ _CHECKPOINT_KEY = re.compile(
     rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/(manifest\.json|{_PART}|{_SHARE})"
 )
 _HOLD_KEY = re.compile(rf"jobs/({_JOB})/checkpoints/(\d{{10}})/([1-9]\d{{0,9}})/held-by-({_JOB})")
-_LOG_KEY = re.compile(rf"jobs/({_JOB})/logs/([1-9]\d{{0,9}})/(\d{{5}})/(\d{{8}})\.jsonl")
+_LOG_KEY = re.compile(rf"jobs/({_JOB})/logs/(0|[1-9]\d{{0,9}})/(\d{{5}})/(\d{{8,10}})\.jsonl")
 _FOLDER = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 _SHARD = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}\.parquet")
 TOKENIZER_FILES = ("tokenizer.pkl", "tokenizer.json", "ranks.tiktoken")
@@ -51,7 +51,11 @@ class CheckpointKey:
 
 @dataclass(frozen=True, order=True)
 class LogKey:
-    """What the key of a piece of log says; pieces of a rank count from 1."""
+    """What the key of a piece of log says; pieces of a rank count from 1.
+
+    attempt 0: of ranks that ended before they belonged to one; their pieces count from the second
+    since the epoch in which a rank began.
+    """
 
     attempt: int
     rank: int
