@@ -49,7 +49,8 @@ def test_each_port_that_is_taken_is_named(idle: Box, variable: str) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         said = idle.refusal(**{variable: port, "COMPOSE_PROFILES": "grafana"})
-    assert f"port {port} is taken: stop what listens there, or set {variable} to another" in said
+    assert f"port {port} of 127.0.0.1 is taken" in said
+    assert f"set {variable} to another" in said
 
 
 def test_too_little_space_is_named(idle: Box) -> None:

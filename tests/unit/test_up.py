@@ -110,7 +110,7 @@ def test_each_port_that_is_taken_is_named_with_its_variable(box: Box, variable: 
         taken.listen()
         port = str(taken.getsockname()[1])
         said = box.refusal(**{variable: port})
-    assert f"port {port} is taken: stop what listens there, or set {variable}" in said
+    assert f"port {port} of 127.0.0.1 is taken: stop what listens there, or set {variable}" in said
 
 
 def test_a_port_of_what_is_not_started_may_be_taken(box: Box) -> None:
