@@ -46,7 +46,7 @@ class Database:
                 lambda: sqlite3.connect(path, check_same_thread=False), iter_chunk_size=1
             )
 
-        engine = create_async_engine("sqlite+aiosqlite:///file", async_creator=connect)
+        engine = create_async_engine(f"sqlite+aiosqlite:///{path}", async_creator=connect)
         event.listen(engine.sync_engine, "connect", _configure)
         return cls(engine)
 
