@@ -42,9 +42,7 @@ class Database:
         await asyncio.to_thread(migrate, path)
 
         async def connect() -> aiosqlite.Connection:
-            return await _Connection(
-                lambda: sqlite3.connect(path, check_same_thread=False), iter_chunk_size=1
-            )
+            return await _Connection(path)
 
         engine = create_async_engine(f"sqlite+aiosqlite:///{path}", async_creator=connect)
         event.listen(engine.sync_engine, "connect", _configure)
@@ -122,6 +120,11 @@ class _Cursor(aiosqlite.Cursor):
 
 class _Connection(aiosqlite.Connection):
     """Asks its thread for nothing that SQLite isn't needed for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(lambda: sqlite3.connect(path, check_same_thread=False), iter_chunk_size=1)
+        # One that was never given back must not hold up the end of the process.
+        self._thread.daemon = True
 
     def cursor(self) -> Any:
         return _Cursor(self, self._conn.cursor())

@@ -294,6 +294,25 @@ async def test_what_was_said_to_be_durable_survives_kill_9(tmp_path: Path) -> No
     assert len(found) - said in (0, 1)  # one may be durable and not yet said
 
 
+HELD = """
+import asyncio, pathlib, sys
+from service.store import Database
+
+async def main():
+    global held
+    database = await Database.open(pathlib.Path(sys.argv[1]))
+    held = await database._engine.connect()
+
+asyncio.run(main())
+"""
+
+
+def test_a_connection_that_was_never_given_back_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HELD, str(tmp_path / "everstep.db")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60, check=False)
+    assert done.returncode == 0
+
+
 if __name__ == "__main__":
     asyncio.run(writes_until_killed(Path(sys.argv[1])))
 
