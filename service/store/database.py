@@ -68,16 +68,18 @@ class Database:
         """
         touched: set[str] = set()
         written: set[str] = set()
+        ends = False
         async with self._writer:
             try:
                 async with self._engine.begin() as connection:
                     connection.info.update({TOUCHED: touched, WRITTEN: written})
                     yield connection
-            finally:  # a commit that fails may have been made
+                    ends = True
+            finally:  # a commit that fails, or whose caller leaves, may have been made
                 self._commits.update(written)
-            for job_id in touched:
-                if waited := self._grown.pop(job_id, None):
-                    waited.set()
+                for job_id in touched if ends else ():
+                    if waited := self._grown.pop(job_id, None):
+                        waited.set()
 
     async def touch(self) -> None:
         """Write one page, durably: fails where no call that changes anything could be kept."""

@@ -217,6 +217,29 @@ async def test_a_transaction_that_is_cancelled_writes_nothing_and_blocks_nobody(
     assert texts(await plane.records.read(job.id, 1, 10)) == ["whole"]
 
 
+async def test_a_caller_who_leaves_while_its_records_are_committed_wakes_those_who_wait(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await plane.add(new_job(1))
+    waited = plane.database.growth(job.id)
+    through, left = aiosqlite.Connection.commit, []
+
+    async def leaves(self: aiosqlite.Connection) -> None:
+        committing = asyncio.ensure_future(through(self))
+        await asyncio.sleep(0)  # the thread has been asked
+        if not left:
+            left.append(task.cancel())
+        await committing
+
+    monkeypatch.setattr(aiosqlite.Connection, "commit", leaves)
+    task = asyncio.create_task(plane.records.append(job.id, [warned("kept")]))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert left == [True]
+    assert texts(await plane.records.read(job.id, 1, 10)) == ["kept"]
+    assert waited.is_set()
+
+
 async def test_a_query_takes_one_turn_of_its_connections_thread(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
