@@ -47,10 +47,12 @@ STATUSES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
 ]
 
-# Clients refuse more than 8 KB of trailing metadata, where bytes grow by a third and more: so a
-# spec that is wrong everywhere names every field, with shorter sentences.
+# Clients refuse more than 8 KB of trailing metadata, where bytes grow by a third and more, and the
+# message is there twice, one byte as three where it is not ASCII: so a spec that is wrong
+# everywhere names every field, with shorter sentences.
 MESSAGE_BYTES = 500
 DETAILS_BYTES = 4000
+ALONE_BYTES = 1800  # a message without such details
 FIELD_OVERHEAD_BYTES = 8
 
 WAIT = "wait"
@@ -246,7 +248,7 @@ def describe(error: Exception) -> tuple[grpc.StatusCode, str, list[Any]]:
                 message = _cut(f"the spec is refused: {error}", MESSAGE_BYTES)
                 return code, message, [_bad_request(error)]
             assert isinstance(error, errors.ServiceError)
-            return code, str(error), [_info(error.reason)]
+            return code, _cut(str(error), ALONE_BYTES), [_info(error.reason)]
     if isinstance(error, NotImplementedError):  # from the generated base class
         code = grpc.StatusCode.UNIMPLEMENTED
         return code, "this release has no such call", [_info(code.name)]

@@ -103,7 +103,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         size = request.page_size or DEFAULT_PAGE
         try:
             before = _submission(request.page_token)
-            states = [convert.state_from_proto(number) for number in request.states]
+            states = {convert.state_from_proto(number) for number in set(request.states)}
         except ValueError as error:
             raise InvalidRequestError(f"page_token or states: {error}") from error
         views = await self._lifecycle.page(states, before, size + 1)

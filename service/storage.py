@@ -52,6 +52,7 @@ FILE = "file:"
 BUILTIN = "builtin:"
 BUILTIN_CORPUS = "python-docs"
 BUILTIN_FOLDER = "builtin"
+NANOCHAT = re.compile(r"(nanochat:)?[^\x00-\x1f]{1,1000}@[0-9]{1,10}")
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,8 @@ class Storage:
 
     async def nanochat(self, name: str) -> NanochatSummary:
         """The checkpoint that nanochat:<folder or uri>@STEP names; SpecError."""
-        uri, _, step = name.removeprefix("nanochat:").rpartition("@")
-        if not step.isdecimal():
-            raise SpecError([Violation("start.from", name, "must name a step")])
+        if not NANOCHAT.fullmatch(name):
+            raise SpecError([Violation("start.from", name, "must name a step of a folder")])
         uri, number = split_name(name)
         if (outside := self.outside(uri)) is not None:
             raise SpecError([Violation("start.from", name, outside)])

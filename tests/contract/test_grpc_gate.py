@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
 
 from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
@@ -30,6 +31,8 @@ from tests.fakes.api import (
     served,
 )
 from tests.fakes.control_plane import TINY, changed
+
+SPEC = "INVALID_ARGUMENT"
 
 
 @pytest.fixture
@@ -161,12 +164,29 @@ async def test_a_spec_that_is_wrong_everywhere_still_gets_its_answer(api: Api) -
         ("ListJobs", pb.ListJobsRequest(states=[0]), "INVALID_ARGUMENT"),  # type: ignore[list-item]
         ("ListJobs", pb.ListJobsRequest(states=[99]), "INVALID_ARGUMENT"),  # type: ignore[list-item]
         ("SubmitJob", pb.SubmitJobRequest(request_id="x" * 129), "INVALID_ARGUMENT"),
+        ("ImportCheckpoint", pb.ImportCheckpointRequest(source="nanochat:/\0@5"), SPEC),
+        ("ImportCheckpoint", pb.ImportCheckpointRequest(source="/x@" + "9" * 5000), SPEC),
+        ("ExportCheckpoint", pb.ExportCheckpointRequest(checkpoint="J@5", target="file:/\0"), SPEC),
+        ("ExportCheckpoint", pb.ExportCheckpointRequest(checkpoint="J@5", target="é" * 9000), SPEC),
+        ("GetJob", pb.GetJobRequest(job_id="x" * 100_000), "NOT_FOUND"),
+        ("GetJob", pb.GetJobRequest(job_id="é" * 100_000), "NOT_FOUND"),
     ],
 )
 async def test_a_wrong_request_is_the_callers_fault(
     api: Api, method: str, request_: Any, code: str
 ) -> None:
-    assert (await api.refused(method, request_)).code().name == code
+    error = await api.refused(method, request_)
+    assert error.code().name == code
+    status = rpc_status.from_call(error)
+    assert status is not None
+    assert status.details
+
+
+async def test_a_filter_of_millions_of_states_is_one_of_five(api: Api) -> None:
+    job_id = (await api.submit()).job.id
+    request = pb.ListJobsRequest(states=[pb.JOB_STATE_QUEUED, pb.JOB_STATE_FAILED] * 2_000_000)
+    async with asyncio.timeout(5):
+        assert [job.id for job in (await api.call("ListJobs", request)).jobs] == [job_id]
 
 
 async def test_a_wrong_cursor_or_job_ends_a_watch(api: Api) -> None:

@@ -110,7 +110,7 @@ def open_store(uri: str) -> ObjectStore:
 
     Nothing is contacted yet. S3 endpoint, region and keys come from the standard AWS_* variables.
     """
-    if match := re.fullmatch(r"file:(?://)?(/.*)", uri):
+    if match := re.fullmatch(r"file:(?://)?(/[^\x00-\x1f]*)", uri):
         return LocalObjectStore(Path(match[1]))
     if match := re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,62})(?:/(.*))?", uri):
         from trainer.storage.s3 import S3ObjectStore
