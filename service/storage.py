@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from trainer.storage.object_store import (
     NotFoundError,
     ObjectStore,
     StoreError,
+    StoreUnavailableError,
     StoreUriError,
     open_store,
 )
@@ -162,16 +164,16 @@ class Storage:
         """
         repository = self._repository(name.job_id)
 
-        def read() -> tuple[Stored, list[str]]:
+        def read(look: Callable[[], None]) -> tuple[Stored, list[str]]:
             ref = checkpoints.find(repository, name.step)
-            problems = [str(error) for error in repository.verify(ref)]
+            problems = [str(error) for error in repository.verify(ref, look)]
             stored = _read(repository, ref)
             if stored is None:
                 raise CheckpointNotFoundError(f"{ref} was deleted a moment ago")
             return stored, problems
 
         async with self._verifying:
-            return await self._call(read)
+            return await self._call_long(read)
 
     async def require(self, name: CheckpointName) -> None:
         """Raise CheckpointNotFoundError unless there is a current checkpoint of that name."""
@@ -203,20 +205,21 @@ class Storage:
     async def same_content(self, key: str, size_bytes: int, sha256: str) -> bool | None:
         """Whether the object at key has this content; None where there is no object."""
 
-        def read() -> bool | None:
+        def read(look: Callable[[], None]) -> bool | None:
             info = self._store.head(key)
             if info is None or info.size_bytes != size_bytes:
                 return None if info is None else False
             digest = hashlib.sha256()
             for chunk in self._store.stream(key):
+                look()
                 digest.update(chunk)
             return digest.hexdigest() == sha256
 
-        return await self._call(read)
+        return await self._call_long(read)
 
     async def put_file(self, key: str, path: Path) -> None:
         """Write a file's bytes as an object, whole or not at all."""
-        await self._call(self._store.put_file, key, path)
+        await self._call_long(lambda look: self._store.put_file(key, path, lambda _: look()))
 
     async def bind(self, data: DataSpec) -> DataBinding:
         """Bind a job to its data and tokenizer as they are now.
@@ -292,6 +295,22 @@ class Storage:
 
     def _repository(self, job_id: str) -> CheckpointRepository:
         return CheckpointRepository(self._store, job_id)
+
+    async def _call_long(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """As _call. Work is given what to call beside each piece: it raises once nobody waits.
+
+        A thread can't be cancelled, and all calls share a few: those who leave must free theirs.
+        """
+        gone = threading.Event()
+
+        def look() -> None:
+            if gone.is_set():
+                raise StoreUnavailableError("nobody waits for this any more")
+
+        try:
+            return await self._call(work, look)
+        finally:
+            gone.set()
 
     async def _call(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:

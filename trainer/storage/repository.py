@@ -295,8 +295,13 @@ class CheckpointRepository:
         """Copy a part to a file, which appears only when its digest is right."""
         write_file(destination, self.open_part(ref, part))
 
-    def verify(self, ref: CheckpointRef) -> tuple[CorruptCheckpointError, ...]:
-        """Read a whole checkpoint and return what is wrong with it; empty: it can be trusted."""
+    def verify(
+        self, ref: CheckpointRef, look: Callable[[], None] = lambda: None
+    ) -> tuple[CorruptCheckpointError, ...]:
+        """Read a whole checkpoint and return what is wrong with it; empty: it can be trusted.
+
+        look: called beside each piece that was read; what it raises ends the reading.
+        """
         try:
             manifest = self.manifest(ref)
         except (NotFoundError, ManifestError) as error:
@@ -305,7 +310,7 @@ class CheckpointRepository:
         for part in manifest.parts:
             try:
                 for _ in self.open_part(ref, part):
-                    pass
+                    look()
             except CorruptCheckpointError as error:
                 wrong.append(error)
         return tuple(wrong)
