@@ -45,6 +45,7 @@ from trainer.storage.logs import LogLine
 from trainer.storage.manifest import CheckpointRef, JobDocument, Manifest
 
 LOG_POLL_S = 1.0  # trainers ship theirs every two seconds
+LOOK_REST = 10.0  # times what listing a log takes: a day's has 40,000 pieces a rank
 WATCH_BATCH = 500  # records read at once
 
 # What a stop left behind: the newest checkpoint, None without any, or why that can't be read.
@@ -172,12 +173,23 @@ class Lifecycle:
         self, job_id: str, attempt: int | None, rank: int | None, follow: bool
     ) -> AsyncIterator[LogLine]:
         """The log lines of a job, all ranks and attempts or one; with follow until it is final."""
-        seen: frozenset[LogKey] = frozenset()
+        seen: set[LogKey] = set()
+        heads: dict[tuple[int, int], LogKey] = {}  # by attempt and rank
+        look_at = 0.0
         while True:
             ended = not follow or (await self.get(job_id)).job.is_final
-            for key in await self._storage.log_pieces(job_id, seen, attempt, rank):
-                seen |= {key}
+            if ended or time.monotonic() >= look_at:
+                began = time.monotonic()
+                keys = await self._storage.log_pieces(job_id, seen, attempt, rank)
+                look_at = time.monotonic() + LOOK_REST * (time.monotonic() - began)
+            else:  # what comes next is known, but for what a new rank or attempt writes
+                newest = max(heads, default=(0, 0))[0]
+                last = [head for (of, _), head in heads.items() if of == newest]
+                keys = [replace(head, sequence=head.sequence + 1) for head in last]
+            for key in keys:
                 for line in await self._storage.log_lines(job_id, key):
+                    seen.add(key)
+                    heads[key.attempt, key.rank] = key
                     yield line
             if ended:
                 return

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -184,7 +184,7 @@ class Storage:
         await self._call(checkpoints.delete, self._repository(name.job_id), name.step)
 
     async def log_pieces(
-        self, job_id: str, seen: frozenset[layout.LogKey], attempt: int | None, rank: int | None
+        self, job_id: str, seen: Collection[layout.LogKey], attempt: int | None, rank: int | None
     ) -> list[layout.LogKey]:
         """The pieces of a job's logs that were not seen yet, in order."""
         return await self._call(new_pieces, self._store, job_id, seen, attempt, rank)

@@ -9,7 +9,7 @@ Invariant: the pieces of a rank in an attempt are numbered from 1 without a gap;
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from trainer.storage import layout
@@ -37,7 +37,7 @@ def write_piece(
 def new_pieces(
     store: ObjectStore,
     job_id: str,
-    seen: frozenset[layout.LogKey],
+    seen: Collection[layout.LogKey],
     attempt: int | None = None,
     rank: int | None = None,
 ) -> list[layout.LogKey]:
