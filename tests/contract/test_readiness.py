@@ -76,6 +76,18 @@ async def test_a_service_whose_disk_is_full_is_not_ready_until_there_is_room(
     assert "the service is not ready" in caplog.text
 
 
+async def test_a_service_whose_writes_hang_is_not_ready_until_they_go_on(
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(readiness, "LATE_S", 0.1)
+    async with looked_after(api, asyncio.create_task(api.plane.reconciler.run())) as told:
+        assert await told() == SERVING
+        async with api.plane.database.write():
+            assert await told() == NOT_SERVING
+        assert await told() == SERVING
+    assert "its database is silent" in caplog.text
+
+
 async def test_a_cluster_that_is_away_leaves_it_ready(api: Api) -> None:
     api.plane.cluster.away = True
     async with looked_after(api, asyncio.create_task(api.plane.reconciler.run())) as told:
