@@ -65,6 +65,11 @@ class Upload:
         self._file = file
         self._digest = hashlib.sha256()
 
+    @property
+    def missing_bytes(self) -> int:
+        """What is still to be sent."""
+        return 0 if self.present else self.announced.size_bytes - self.received_bytes
+
     async def write(self, data: bytes) -> None:
         """Take the next bytes; InvalidRequestError past the announced size."""
         self.received_bytes += len(data)
@@ -101,6 +106,7 @@ class Uploads:
         self._storage = storage
         self._spool = spool
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._coming: dict[Path, Upload] = {}
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True)
 
@@ -131,15 +137,20 @@ class Uploads:
             try:
                 with path.open("xb") as file:
                     upload = Upload(announced, uri, bool(there), file)
+                    self._coming[path] = upload
                     yield upload
                     if not upload.present:
                         upload.check()
                         await self._storage.put_file(announced.key, path)
             finally:
+                self._coming.pop(path, None)
                 path.unlink(missing_ok=True)
 
     def _check_space(self, size_bytes: int) -> None:
-        free = shutil.disk_usage(self._spool).free
+        promised = sum(
+            each.missing_bytes for each in self._coming.values()
+        )  # to those who were let in
+        free = shutil.disk_usage(self._spool).free - promised
         if free < size_bytes + SPARE_BYTES:
             raise NoSpaceError(
                 f"file.size_bytes: {size_bytes}: the service's disk has {free} bytes free, of "

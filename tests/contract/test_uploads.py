@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -151,6 +153,29 @@ async def test_a_full_disk_is_said_before_anything_is_sent(
     error = await refused(api, header(b"data"), pb.PutFileRequest(data=b"data"))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "bytes free" in error.details()
+
+
+async def test_room_that_was_promised_to_one_upload_is_not_promised_to_the_next(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = uploads.SPARE_BYTES + 6
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+
+    async def requests() -> AsyncIterator[pb.PutFileRequest]:
+        yield header(b"data")
+        await asyncio.sleep(60)
+
+    first = api.training.PutFile(requests(), metadata=bearer(ADMIN))
+    assert not (await first.read()).present
+    error = await refused(api, header(b"more"), pb.PutFileRequest(data=b"more"))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    first.cancel()
+    async with asyncio.timeout(10):
+        while spooled(tmp_path):
+            await asyncio.sleep(0.02)
+    again = api.training.PutFile(requests(), metadata=bearer(ADMIN))
+    assert not (await again.read()).present
+    again.cancel()
 
 
 async def test_a_connection_that_breaks_leaves_nothing(api: Api, tmp_path: Path) -> None:
