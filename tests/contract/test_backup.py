@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from everstep.v1 import everstep_pb2 as pb
-from tests.fakes.api import Api, credential, hello, points, served
+from tests.fakes.api import ADMIN, Api, bearer, credential, hello, points, served
 
 
 async def back_up(state: Path, target: Path) -> tuple[int, str]:
@@ -66,6 +66,26 @@ async def test_a_backup_under_writes_holds_all_that_was_acknowledged_before_it(
         # The attempt that trained on sends again what the copy doesn't have, and nothing twice.
         await api.report(credential(job_id), [hello(job_id), points(*range(1, last))])
         assert await history(api, job_id) == list(range(1, last))
+
+
+async def test_a_watcher_from_before_a_restore_gets_what_comes_after_it(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    async with served(tmp_path) as api:
+        job_id = (await api.submit()).job.id
+        assert (await back_up(tmp_path, copy))[0] == 0
+        await api.report(credential(job_id), [hello(job_id), points(*range(1, 50))])
+        cursor = (await api.plane.records.read(job_id, 0, 1000))[-1].cursor
+    for log in ("-wal", "-shm"):
+        (tmp_path / f"everstep.db{log}").unlink(missing_ok=True)
+    copy.replace(tmp_path / "everstep.db")
+    async with served(tmp_path) as api:
+        request = pb.WatchJobRequest(job_id=job_id, cursor=cursor)
+        await api.report(credential(job_id), [hello(job_id), points(*range(50, 150))])
+        watch = api.training.WatchJob(request, metadata=bearer(ADMIN), timeout=20)
+        found = [await watch.read() for _ in range(101)]
+        watch.cancel()
+    assert found[0].event.kind == pb.EVENT_KIND_ATTEMPT_STARTED
+    assert [each.point.step for each in found[1:]] == [*range(50, 150)]
 
 
 async def test_a_backup_that_fails_says_why_and_leaves_the_last_one(tmp_path: Path) -> None:
