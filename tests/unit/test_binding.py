@@ -54,6 +54,16 @@ def test_a_named_shard_validates_and_does_not_train() -> None:
     assert "shard_00001.parquet" not in {shard.name for shard in binding.shards}
 
 
+def test_a_footer_longer_than_any_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet([["x"]]))
+    length = binding.MOST_FOOTER_BYTES + 1
+    with (tmp_path / "b.parquet").open("wb") as file:  # its bytes are a hole
+        file.seek(length + 100)
+        file.write(length.to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(BindingError, match=r"b\.parquet .* footer is longer"):
+        bind(f"file:{tmp_path}", f"file:{TOKENIZER}", "last")
+
+
 @pytest.mark.parametrize(
     ("files", "validation", "field", "reason"),
     [

@@ -35,6 +35,7 @@ from trainer.storage.tokenizer_files import (
 MAGIC = b"PAR1"
 TAIL_BYTES = 8  # footer length (4 bytes, little endian), then the magic
 GUESS_BYTES = 64 << 10  # one read takes most footers whole
+MOST_FOOTER_BYTES = 64 << 20  # of a real shard some 100 KB; as many as threads are held at once
 READ_THREADS = 16
 QUICK_S = 1e-3  # a read that takes no longer needs no thread beside it
 REMEMBERED = 1000  # tokenizers
@@ -194,8 +195,8 @@ def read_footer(store: ObjectStore, info: ObjectInfo) -> ShardRef:
         raise NotParquetError(f"{info.key} is not a parquet file, or is torn")
     footer_bytes = int.from_bytes(end[-TAIL_BYTES:-4], "little")
     whole = footer_bytes + TAIL_BYTES
-    if whole + len(MAGIC) > info.size_bytes:
-        raise NotParquetError(f"{info.key} is not a parquet file: its footer is longer than it")
+    if footer_bytes > MOST_FOOTER_BYTES or whole + len(MAGIC) > info.size_bytes:
+        raise NotParquetError(f"{info.key} is not a parquet file: its footer is longer than any")
     if whole > len(end):
         end = tail(whole)
     return ShardRef(
