@@ -68,6 +68,7 @@ MAX_OPEN: dict[Other | str | None, int] = {
     Other.OPEN: 100,
     WAIT: 500,
 }
+MAX_OPEN_OF_ONE = 400  # of a kind, by one token: whose programs run wild locks out nobody else
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -83,7 +84,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._keyring = keyring
         self._secret = secret
         self._metrics = metrics
-        self._open = Counter[Other | str | None]()
+        self._open = Counter[object]()  # by kind, and by kind and token
 
     async def intercept_service(
         self,
@@ -169,14 +170,19 @@ class Gate(grpc.aio.ServerInterceptor):
     @contextmanager
     def _counted(self, kind: Other | str | None) -> Iterator[None]:
         """One of the calls of a kind that may be open at once; BusyError past the last."""
-        if self._open[kind] >= MAX_OPEN[kind]:
-            what = "calls that wait for jobs" if kind == WAIT else "streams of such callers"
-            raise errors.BusyError(f"{MAX_OPEN[kind]} {what} are open already; end some")
-        self._open[kind] += 1
+        rooms: dict[object, int] = {kind: MAX_OPEN[kind]}
+        if who := access.actor():
+            rooms[kind, who] = MAX_OPEN_OF_ONE
+        for room, most in rooms.items():
+            if self._open[room] >= most:
+                what = "calls that wait for jobs" if kind == WAIT else "streams of such callers"
+                by = "" if room == kind else f" by token {who}"
+                raise errors.BusyError(f"{most} {what} are open already{by}; end some")
+        self._open.update(rooms.keys())
         try:
             yield
         finally:
-            self._open[kind] -= 1
+            self._open.subtract(rooms.keys())
 
     def _admit(self, method: str, context: Context) -> None:
         """Let the caller in and remember who it is, or raise."""

@@ -111,6 +111,34 @@ async def test_so_many_streams_are_open_at_once_and_one_that_ends_makes_room(
         call.cancel()
 
 
+async def test_one_token_does_not_take_the_room_of_others(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interceptors, "MAX_OPEN_OF_ONE", 2)
+    job_id = (await api.submit()).job.id
+    wanted = pb.CreateTokenRequest(name="ci", role=pb.ROLE_READ)
+    other = (await api.call("CreateToken", wanted)).secret
+
+    def watch(token: str) -> Any:
+        request = pb.WatchJobRequest(job_id=job_id)
+        return api.training.WatchJob(request, metadata=bearer(token), timeout=20)
+
+    mine = [watch(other) for _ in range(2)]
+    for call in mine:
+        await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await watch(other).read()
+    assert reason(caught.value) == "BUSY"
+    assert "by token ci" in (caught.value.details() or "")
+    for call in (theirs := watch(ADMIN), *mine):
+        if call is theirs:
+            await call.read()
+        call.cancel()
+    async with asyncio.timeout(20):
+        while api.gate._open.total():  # the server hears of the cancellations a moment later
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("method", ["PauseJob", "CancelJob"])
 async def test_so_many_calls_wait_for_a_job_at_once_and_others_are_answered(
     api: Api, monkeypatch: pytest.MonkeyPatch, method: str
