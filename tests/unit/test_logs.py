@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,27 @@ def test_a_store_that_is_away_costs_no_line() -> None:
     ]
     pieces = new_pieces(store, JOB, frozenset())
     assert [key.sequence for key in pieces] == list(range(1, len(pieces) + 1))
+
+
+def test_a_piece_that_the_store_kept_without_saying_so_stays_as_it_was() -> None:
+    kept = threading.Event()
+
+    class Forgets(MemoryObjectStore):
+        def put(self, key: str, data: bytes, if_none_match: bool = False) -> None:
+            super().put(key, data, if_none_match)
+            if not kept.is_set():
+                log.info("said meanwhile")
+                kept.set()
+                raise StoreUnavailableError("the answer was lost, as scripted")
+
+    store = Forgets()
+    shipper = LogShipper(store, JOB, FIRST)
+    log.info("said before")
+    assert kept.wait(10)
+    read = store.get(log_key(JOB, FIRST))
+    shipper.close()
+    assert store.get(log_key(JOB, FIRST)) == read
+    assert [text.rpartition(": ")[2] for text in texts(store)] == ["said before", "said meanwhile"]
 
 
 def test_a_reader_that_comes_back_sees_only_what_is_new() -> None:
