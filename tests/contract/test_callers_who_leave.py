@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from tests.fakes.api import ADMIN, Api, bearer, served
 from tests.fakes.checkpoints import JOB, save
-from tests.fakes.control_plane import new_job
+from tests.fakes.control_plane import TINY, changed, new_job
 from trainer.storage.object_store import CHUNK_BYTES, LocalObjectStore, Progress
 from trainer.storage.repository import CheckpointRepository
 
@@ -48,6 +49,30 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
         repository.claim(None, "host")
         save(repository, tmp_path, 4)
         yield made
+
+
+async def test_a_corpus_that_somebody_asked_for_is_made_once_and_to_its_end(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    through = asyncio.create_subprocess_exec
+
+    async def counted(*command: Any, **options: Any) -> Any:
+        process = await through(*command, **options)
+        begun.append(process)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", counted)
+    data = {"source": "builtin:python-docs", "tokenizer": "builtin:python-docs-512"}
+    request = pb.PlanJobRequest(spec=dict_to_proto(changed(TINY, data=data)))
+    leaving = api.training.PlanJob(request, metadata=bearer(ADMIN))
+    async with asyncio.timeout(LATE_S):
+        while not begun:
+            await asyncio.sleep(0.01)
+    leaving.cancel()
+    async with asyncio.timeout(60):
+        await api.training.PlanJob(request, metadata=bearer(ADMIN))
+    assert [process.returncode for process in begun] == [0]
 
 
 async def upload() -> AsyncIterator[pb.PutFileRequest]:
