@@ -170,14 +170,12 @@ class Gate(grpc.aio.ServerInterceptor):
     @contextmanager
     def _counted(self, kind: Other | str | None) -> Iterator[None]:
         """One of the calls of a kind that may be open at once; BusyError past the last."""
-        rooms: dict[object, int] = {kind: MAX_OPEN[kind]}
-        if who := access.actor():
-            rooms[kind, who] = MAX_OPEN_OF_ONE
+        most_of_one = MAX_OPEN_OF_ONE if access.actor() else MAX_OPEN[kind]
+        rooms = {kind: MAX_OPEN[kind], (kind, access.actor()): most_of_one}
         for room, most in rooms.items():
             if self._open[room] >= most:
                 what = "calls that wait for jobs" if kind == WAIT else "streams of such callers"
-                by = "" if room == kind else f" by token {who}"
-                raise errors.BusyError(f"{most} {what} are open already{by}; end some")
+                raise errors.BusyError(f"{most} {what} are open already; end some")
         self._open.update(rooms.keys())
         try:
             yield

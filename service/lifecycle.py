@@ -184,8 +184,11 @@ class Lifecycle:
                 look_at = time.monotonic() + LOOK_REST * (time.monotonic() - began)
             else:  # what comes next is known, but for what a new rank or attempt writes
                 newest = max(heads, default=(0, 0))[0]
-                last = [head for (of, _), head in heads.items() if of == newest]
-                keys = [replace(head, sequence=head.sequence + 1) for head in last]
+                keys = [
+                    replace(head, sequence=head.sequence + 1)
+                    for head in heads.values()
+                    if head.attempt == newest
+                ]
             for key in keys:
                 for line in await self._storage.log_lines(job_id, key):
                     seen.add(key)

@@ -257,7 +257,9 @@ class Storage:
         if found:
             raise SpecError(found)
         if source.startswith(BUILTIN) or size:
-            made_source, made_tokenizer = await self._prepare_builtin(size or 512)
+            # Goes on where the caller hangs up, who will ask again: none is begun beside it.
+            making = self._prepare_builtin(size or 512)
+            made_source, made_tokenizer = await asyncio.shield(making)
             source = made_source if source.startswith(BUILTIN) else source
             tokenizer = made_tokenizer if size else tokenizer
         return source, tokenizer
@@ -272,32 +274,26 @@ class Storage:
         return f"must lie in {' or '.join(map(str, self._data_roots))} (EVERSTEP_DATA_ROOTS)"
 
     async def _prepare_builtin(self, vocab_size: int) -> tuple[str, str]:
-        await self._preparing.acquire()
-        # Goes on where the caller hangs up, who will ask again; nobody begins another beside it.
-        making = asyncio.ensure_future(self._make_builtin(vocab_size))
-        making.add_done_callback(lambda _: self._preparing.release())
-        return await asyncio.shield(making)
-
-    async def _make_builtin(self, vocab_size: int) -> tuple[str, str]:
-        if vocab_size not in self._builtin:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "trainer.data.builtin",
-                "--out",
-                f"{self.uri.rstrip('/')}/{BUILTIN_FOLDER}",
-                "--vocab-size",
-                str(vocab_size),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-            )
-            out, err = await process.communicate()
-            if process.returncode != 0:
-                last = err.decode(errors="replace").strip().splitlines()[-1:]
-                raise StorageAwayError(f"the builtin corpus can't be prepared: {last}")
-            made = json.loads(out)
-            self._builtin[vocab_size] = (made["source"], made["tokenizer"])
-        return self._builtin[vocab_size]
+        async with self._preparing:
+            if vocab_size not in self._builtin:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "trainer.data.builtin",
+                    "--out",
+                    f"{self.uri.rstrip('/')}/{BUILTIN_FOLDER}",
+                    "--vocab-size",
+                    str(vocab_size),
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                )
+                out, err = await process.communicate()
+                if process.returncode != 0:
+                    last = err.decode(errors="replace").strip().splitlines()[-1:]
+                    raise StorageAwayError(f"the builtin corpus can't be prepared: {last}")
+                made = json.loads(out)
+                self._builtin[vocab_size] = (made["source"], made["tokenizer"])
+            return self._builtin[vocab_size]
 
     def _repository(self, job_id: str) -> CheckpointRepository:
         return CheckpointRepository(self._store, job_id)

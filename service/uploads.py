@@ -65,11 +65,6 @@ class Upload:
         self._file = file
         self._digest = hashlib.sha256()
 
-    @property
-    def missing_bytes(self) -> int:
-        """What is still to be sent."""
-        return 0 if self.present else self.announced.size_bytes - self.received_bytes
-
     async def write(self, data: bytes) -> None:
         """Take the next bytes; InvalidRequestError past the announced size."""
         self.received_bytes += len(data)
@@ -147,9 +142,12 @@ class Uploads:
                 path.unlink(missing_ok=True)
 
     def _check_space(self, size_bytes: int) -> None:
+        # What is still to come from those who were let in.
         promised = sum(
-            each.missing_bytes for each in self._coming.values()
-        )  # to those who were let in
+            each.announced.size_bytes - each.received_bytes
+            for each in self._coming.values()
+            if not each.present
+        )
         free = shutil.disk_usage(self._spool).free - promised
         if free < size_bytes + SPARE_BYTES:
             raise NoSpaceError(

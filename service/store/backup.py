@@ -34,10 +34,9 @@ def back_up(state: Path, target: Path) -> None:
     partial = target.with_name(f"{target.name}.partial")
     partial.unlink(missing_ok=True)
     opened = closing(sqlite3.connect(source, timeout=WAIT_S))
-    with opened as live, closing(sqlite3.connect(partial)) as copy:
+    with opened as live, closing(sqlite3.connect(partial, isolation_level=None)) as copy:
         live.backup(copy)
-        with copy:
-            copy.execute(f"UPDATE progress SET next_cursor = next_cursor + {LEAP}")
+        copy.execute(f"UPDATE progress SET next_cursor = next_cursor + {LEAP}")
         copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
         (found,) = copy.execute("PRAGMA integrity_check").fetchone()
         if found != "ok":
