@@ -123,9 +123,15 @@ class Lifecycle:
         async with self.forking if resolved.start is not None else contextlib.nullcontext():
             if resolved.start is not None:
                 await self.check_kept(resolved.start)
-                await self._storage.hold(resolved.start, job.id)
-            # First the document: a job whose spec can't be stored must not be in the queue.
-            await self._storage.save_document(document)
+            try:
+                if resolved.start is not None:
+                    await self._storage.hold(resolved.start, job.id)
+                # First the document: a job whose spec can't be stored must not be in the queue.
+                await self._storage.save_document(document)
+            except StorageAwayError:
+                with contextlib.suppress(StorageAwayError):  # the store may have taken either
+                    await self._storage.delete_job(job.id, job.start)
+                raise
             stored = await self._jobs.insert(job, events.state_changed(job, now, actor=actor))
         if stored is None:  # the same request came twice at once
             await self._storage.delete_job(job.id, job.start)

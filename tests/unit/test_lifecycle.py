@@ -31,6 +31,7 @@ from trainer.contract.states import JobState
 from trainer.contract.violations import SpecError
 from trainer.storage.layout import part_name
 from trainer.storage.manifest import CheckpointRef, Manifest, Part
+from trainer.storage.object_store import StoreUnavailableError, open_store
 from trainer.storage.repository import CheckpointRepository
 
 DIGEST = "d" * 64
@@ -129,6 +130,31 @@ async def test_the_same_request_at_the_same_time_makes_one_job(plane: ControlPla
     jobs = await asyncio.gather(*(submit(plane, request="R") for _ in range(4)))
     assert len({job.id for job in jobs}) == 1
     assert [info.key for info in plane.store.list("jobs/")] == [f"jobs/{jobs[0].id}/spec.json"]
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+async def test_a_start_whose_hold_or_document_gets_no_answer_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    store = open_store(f"file:{tmp_path}/bucket")
+    async with control_plane(tmp_path, store=store) as plane:
+        parent = await submit(plane)
+        checkpoint(plane, parent, 3)
+        puts: list[str] = []
+        really = store.put
+
+        def put(key: str, data: bytes, if_none_match: bool = False) -> None:
+            really(key, data, if_none_match)
+            puts.append(key)
+            if len(puts) == nth:
+                raise StoreUnavailableError("scripted: no answer")
+
+        before = sorted(info.key for info in store.list(""))
+        monkeypatch.setattr(store, "put", put)
+        with pytest.raises(StorageAwayError, match="no answer"):
+            await submit(plane, start={"from": f"{parent.id}@3"})
+        assert len(puts) == nth
+        assert sorted(info.key for info in store.list("")) == before
 
 
 async def test_a_submission_answers_what_get_shows(plane: ControlPlane) -> None:
