@@ -179,19 +179,20 @@ class AttemptHost:
         with self._lock:
             if self._reported is not None:
                 return self._reported
-            return AttemptResult(self._claimed, *_classify(failure, self._stop.is_set()), step=0)
+            unclaimed = self._stop.is_set() and not self._claimed
+            return AttemptResult(self._claimed, *_classify(failure, unclaimed), step=0)
 
 
 def _plain(result: AttemptResult) -> dict[str, Any]:
     return {**result.to_dict(), "outcome": result.outcome.value}
 
 
-def _classify(failure: BaseException | None, stopping: bool) -> tuple[Outcome, str]:
-    """Name an end that no worker explained."""
+def _classify(failure: BaseException | None, given_up: bool) -> tuple[Outcome, str]:
+    """Name an end that no worker explained; given_up: it was told to stop before it claimed."""
     from ray.exceptions import RayActorError
     from ray.train import ControllerError, WorkerGroupError
 
-    if stopping:
+    if given_up:
         return Outcome.STOPPED, "stopped before training began"
     match failure:
         case None:

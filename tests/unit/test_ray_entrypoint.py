@@ -86,6 +86,24 @@ def test_an_attempt_that_fails_before_it_claims_or_at_a_rank_that_has_not_heard_
     assert run(monkeypatch, unclaimed, claimed) == [(0, "STORE_UNAVAILABLE"), (0, "INVALID_JOB")]
 
 
+@pytest.mark.parametrize(
+    ("claimed", "outcome", "said"),
+    [(0, "STOPPED", "before training began"), (4, "WORKER_LOST", "without a word")],
+)
+def test_a_worker_that_is_lost_while_it_stops_is_not_said_to_have_stopped(
+    monkeypatch: pytest.MonkeyPatch, claimed: int, outcome: str, said: str
+) -> None:
+    ended: list[AttemptHost] = []
+
+    def killed(host: AttemptHost) -> None:
+        host.attempt_claimed(claimed)
+        host.stop()
+        ended.append(host)
+
+    assert run(monkeypatch, killed) == [(claimed, outcome)]
+    assert said in ended[0].status()["results"][0]["message"]
+
+
 def test_ray_train_hands_on_what_it_is_told_and_takes_no_silent_worker_for_dead() -> None:
     from ray.train.v2._internal import constants
 
