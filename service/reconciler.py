@@ -162,7 +162,12 @@ class Reconciler:
         # The most important first: where hosts are gone, places go by the order of the queue.
         for job in sorted(jobs, key=rank):
             if job.holds_resources:
-                await self._settle_active(job, by_name.get((job.id, job.host_number)))
+                try:
+                    await self._settle_active(job, by_name.get((job.id, job.host_number)))
+                except ClusterAwayError:
+                    raise
+                except Exception:  # others must not wait for what is wrong with one
+                    log.exception("job %s could not be looked after", job.id)
         await self._schedule()
 
     async def _settle_idle(self, job: Job) -> None:
@@ -188,7 +193,7 @@ class Reconciler:
             self.signs.forget_stop(job.id)  # a stop that was taken back: the next has its grace
         if not host.answered:
             if stopping:
-                await self._press_stop(job)
+                await self._press_stop(job, answers=False)
             return
         results = [AttemptResult.from_dict(result) for result in host.results]
         failed = await self._note_ends(job, results)
@@ -196,7 +201,7 @@ class Reconciler:
             # First the state: a host whose job somebody changed meanwhile is asked again.
             await self._conclude(job, results, host.budget_spent)
         elif stopping:
-            await self._press_stop(job)
+            await self._press_stop(job, answers=True)
         elif failed and job.state is JobState.RUNNING:
             last = results[-1]
             reason = f"attempt {last.attempt} ended ({last.outcome}); the next one starts"
@@ -285,14 +290,16 @@ class Reconciler:
             self._metrics.observe_end(job, result.outcome)
         return news
 
-    async def _press_stop(self, job: Job) -> None:
+    async def _press_stop(self, job: Job, answers: bool) -> None:
         """The directive goes with the next report, the host starts nothing new; then by force."""
-        if self.signs.ask(job):
-            await self._cluster.stop_host(job.id, job.host_number)
-        elif reason := self.signs.overdue(job):
+        news = self.signs.ask(job)
+        if not news and (reason := self.signs.overdue(job)):
             await self._cluster.kill_host(job.id, job.host_number)
             self.signs.forget_stop(job.id)
             await self._set_aside(job, reason)
+        elif answers and job.id not in self.signs.told:  # one that doesn't would hold all others up
+            await self._cluster.stop_host(job.id, job.host_number)
+            self.signs.told.add(job.id)
 
     async def _set_aside(self, job: Job, reason: str, step: int = 0) -> bool:
         """A job has stopped: it goes on elsewhere if it was stopped for that, else as desired."""

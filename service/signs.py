@@ -27,6 +27,7 @@ class Signs:
         self.began = time.monotonic()
         self.heard: dict[str, float] = {}
         self.asked: dict[str, float] = {}
+        self.told: set[str] = set()  # whose host has heard of the stop
 
     def hear(self, job_id: str) -> None:
         """Its attempt reports."""
@@ -40,7 +41,7 @@ class Signs:
         return now - heard < HEARD_S
 
     def ask(self, job: Job) -> bool:
-        """A stop is wanted; whether that is news, of which the host must be told."""
+        """A stop is wanted; whether that is news."""
         if job.id in self.asked:
             return False
         since = time.time() if job.stop_asked_at is None else job.stop_asked_at
@@ -63,6 +64,7 @@ class Signs:
     def forget_stop(self, job_id: str) -> None:
         """It was taken back, or is done: the next one has its own grace."""
         self.asked.pop(job_id, None)
+        self.told.discard(job_id)
 
     def forget(self, job_id: str) -> None:
         """The job is final."""

@@ -283,6 +283,46 @@ async def test_an_active_job_is_stopped_through_its_host(
     assert plane.cluster.killed == [FIRST]
 
 
+async def test_a_host_that_could_not_be_told_to_stop_is_told_again(plane: ControlPlane) -> None:
+    await started(plane)
+    await plane.want("JOB1", Desired.PAUSED)
+    fault = plane.cluster.script("stop_host", ClusterAwayError("Ray is away for a moment"))
+    with pytest.raises(ClusterAwayError):
+        await plane.tick()
+    assert fault.fired
+    await plane.tick(2)
+    assert plane.cluster.stopped == [FIRST]
+
+
+async def test_a_host_that_does_not_answer_is_told_to_stop_once_it_does(
+    plane: ControlPlane,
+) -> None:
+    await started(plane)
+    answers = plane.cluster.known[FIRST]
+    plane.cluster.known[FIRST] = HostStatus(*FIRST, answered=False)
+    await plane.want("JOB1", Desired.PAUSED)
+    await plane.tick()
+    assert not plane.cluster.stopped, "it would hold up all others for as long as it is waited for"
+    plane.cluster.known[FIRST] = answers
+    await plane.tick(2)
+    assert plane.cluster.stopped == [FIRST]
+
+
+async def test_a_job_that_can_not_be_looked_after_holds_up_no_other(
+    plane: ControlPlane, caplog: pytest.LogCaptureFixture
+) -> None:
+    await started(plane, spec={"priority": 5})
+    plane.cluster.known[FIRST] = HostStatus(*FIRST, True, results=({"of": "another version"},))
+    await plane.add(new_job(2))
+    await plane.tick(2)
+    assert (await plane.job("JOB2")).state is JobState.STARTING
+    plane.cluster.ends(("JOB2", 1), COMPLETED)
+    await plane.tick()
+    assert (await plane.job("JOB2")).state is JobState.SUCCEEDED
+    assert (await plane.job("JOB1")).state is JobState.STARTING
+    assert "JOB1" in caplog.text
+
+
 @pytest.mark.parametrize("desired", [Desired.CANCELLED, Desired.PAUSED])
 async def test_stopping_a_job_whose_host_is_gone_starts_no_other(
     plane: ControlPlane, desired: Desired
@@ -593,7 +633,7 @@ async def test_a_cluster_that_is_away_changes_nothing(plane: ControlPlane, metho
     assert len(plane.cluster.started) == 1
 
 
-class DiedError(Exception):
+class DiedError(BaseException):
     """Where the service's process would have died."""
 
 

@@ -292,7 +292,7 @@ async def test_a_job_leaves_a_draining_node_with_a_checkpoint(
     )
 
 
-class DiedError(Exception):
+class DiedError(BaseException):
     """Where the service's process would have died."""
 
 
