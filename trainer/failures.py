@@ -42,7 +42,7 @@ OUTCOMES: list[tuple[tuple[type[BaseException], ...], Outcome]] = [
     ((StateMisfitError, CorruptCheckpointError), Outcome.CHECKPOINT_UNUSABLE),
     ((SpecError, DocumentError, EmptyDataError, ShardFormatError), Outcome.INVALID_JOB),
     ((TokenizerError, NotFoundError), Outcome.INVALID_JOB),
-    ((StoreError,), Outcome.STORE_UNAVAILABLE),
+    ((StoreError, OSError), Outcome.STORE_UNAVAILABLE),  # of the box's own disk: it may be full
 ]
 
 

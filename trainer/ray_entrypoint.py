@@ -189,22 +189,22 @@ def _plain(result: AttemptResult) -> dict[str, Any]:
 
 def _classify(failure: BaseException | None, given_up: bool) -> tuple[Outcome, str]:
     """Name an end that no worker explained; given_up: it was told to stop before it claimed."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayError
     from ray.train import ControllerError, WorkerGroupError
 
     if given_up:
         return Outcome.STOPPED, "stopped before training began"
-    match failure:
+    match cause := getattr(failure, "cause", failure):  # of what a call to an actor raised
         case None:
             return Outcome.WORKER_LOST, "the workers ended without a word"
         case WorkerGroupError():
-            return Outcome.WORKER_LOST, _summary(failure)
+            return Outcome.WORKER_LOST, _summary(cause)
         case ControllerError():
-            return Outcome.START_TIMEOUT, _summary(failure)
-        case RayActorError():
-            return Outcome.CONTROLLER_LOST, _summary(failure)
+            return Outcome.START_TIMEOUT, _summary(cause)
+        case RayError() | OSError():  # the cluster's or the box's, not ours
+            return Outcome.CONTROLLER_LOST, _summary(cause)
         case _:
-            return Outcome.CODE_ERROR, f"{type(failure).__name__}: {_summary(failure)}"
+            return Outcome.CODE_ERROR, f"{type(cause).__name__}: {_summary(cause)}"
 
 
 def _summary(error: BaseException) -> str:

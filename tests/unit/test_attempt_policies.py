@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,7 @@ def test_compiling_waiting_and_saving_are_never_taken_for_a_standstill() -> None
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), Outcome.CODE_ERROR),
         (torch.distributed.DistBackendError("NCCL error in: x"), Outcome.COLLECTIVE_FAILED),
         (RuntimeError("[gloo/transport/tcp/pair.cc:1] closed"), Outcome.COLLECTIVE_FAILED),
+        (OSError(errno.ENOSPC, "No space left on device"), Outcome.STORE_UNAVAILABLE),
         (RuntimeError("no such device"), Outcome.CODE_ERROR),
     ],
 )

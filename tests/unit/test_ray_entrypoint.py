@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray import exceptions
+from ray.exceptions import RpcError
 
 from trainer import ray_entrypoint
-from trainer.contract.outcome import AttemptResult, Outcome
+from trainer.contract.outcome import POLICIES, AttemptResult, Outcome, Policy
 from trainer.ray_entrypoint import RAY_TRAIN_SETTINGS, AttemptHost, HostConfig, _backend
 
 WAIT_S = 20.0
@@ -27,6 +30,13 @@ CONFIG: dict[str, Any] = {
     "cpus_per_worker": 1,
     "stall_floor_s": 300.0,
 }
+
+
+def remote(cause: Exception) -> Exception:
+    """As Ray raises what a call to an actor raised."""
+    return exceptions.RayTaskError("run", "traceback", cause).as_instanceof_cause()
+
+
 Attempt = Callable[[AttemptHost], None]
 
 
@@ -102,6 +112,34 @@ def test_a_worker_that_is_lost_while_it_stops_is_not_said_to_have_stopped(
 
     assert run(monkeypatch, killed) == [(claimed, outcome)]
     assert said in ended[0].status()["results"][0]["message"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (RpcError("the head is away"), Outcome.CONTROLLER_LOST),
+        (exceptions.LocalRayletDiedError(), Outcome.CONTROLLER_LOST),
+        (exceptions.GetTimeoutError("no answer"), Outcome.CONTROLLER_LOST),
+        (exceptions.OutOfDiskError("the box is full"), Outcome.CONTROLLER_LOST),
+        (exceptions.ActorUnavailableError("gone", None), Outcome.CONTROLLER_LOST),
+        (remote(RpcError("the head is away")), Outcome.CONTROLLER_LOST),
+        (OSError(errno.ENOSPC, "No space left on device"), Outcome.CONTROLLER_LOST),
+        (remote(KeyError("a bug")), Outcome.CODE_ERROR),
+        (KeyError("a bug"), Outcome.CODE_ERROR),
+    ],
+    ids=str,
+)
+def test_trouble_of_the_cluster_or_the_box_is_no_error_of_the_code(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, outcome: Outcome
+) -> None:
+    def fails(_host: AttemptHost) -> None:
+        raise failure
+
+    def ends(host: AttemptHost) -> None:
+        host.attempt_ended(word(0, Outcome.COMPLETED))
+
+    then = [ends] if POLICIES[outcome] is Policy.RESTART else []
+    assert run(monkeypatch, fails, *then)[0] == (0, outcome)
 
 
 def test_ray_train_hands_on_what_it_is_told_and_takes_no_silent_worker_for_dead() -> None:
