@@ -40,7 +40,9 @@ from trainer.storage.retry import patiently
 from trainer.versions import running_versions
 
 DOWNLOADS = 4  # parts at once
-START_BUDGET_S = 60.0  # of retries, while storage is away when an attempt begins
+# Of retries, while storage is away when an attempt begins: so long that no number of such attempts
+# spends the budget of restarts, for one that trains goes on without it.
+START_BUDGET_S = 600.0
 
 
 @dataclass(frozen=True)

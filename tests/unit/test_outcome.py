@@ -17,6 +17,7 @@ from trainer.contract.outcome import (
     counts,
     pause_before_restart,
 )
+from trainer.start import START_BUDGET_S
 
 FATAL = {
     Outcome.OUT_OF_MEMORY_AT_ONE_ROW,
@@ -70,6 +71,17 @@ def test_a_good_stretch_begins_the_pauses_anew() -> None:
     assert pause_before_restart([0.0, 1.0, 2.0, 2.0 + GOOD_STRETCH_S]) == BACKOFF_S[0]
     well = 2.0 + GOOD_STRETCH_S
     assert pause_before_restart([0.0, 1.0, 2.0, well, well + 1]) == BACKOFF_S[1]
+
+
+def test_a_store_that_is_away_for_a_day_never_spends_the_budget() -> None:
+    """Training goes on without it: an attempt that happens to start then must not end the job."""
+    ends, now = [], 0.0
+    while now < 24 * 3600.0:
+        now += START_BUDGET_S  # an attempt waits so long for it
+        ends.append(now)
+        pause_s = pause_before_restart(ends)
+        assert pause_s is not None, f"failed after {now:.0f} s"
+        now += pause_s
 
 
 def test_only_the_restarts_of_the_window_count_in_whatever_order_they_are_told() -> None:
