@@ -146,6 +146,7 @@ class Reconciler:
 
     async def tick(self) -> None:
         """One look at everything; ClusterAwayError where Ray doesn't answer."""
+        self.signs.look()
         jobs = await self._jobs.unfinished()
         for job in jobs:
             if not job.holds_resources:
@@ -206,6 +207,11 @@ class Reconciler:
             last = results[-1]
             reason = f"attempt {last.attempt} ended ({last.outcome}); the next one starts"
             await self._move(job, JobState.STARTING, reason)
+        elif results and not results[-1].attempt and job.state is JobState.STARTING:
+            last = results[-1]  # of an attempt that claimed no number nothing else tells
+            told = replace(job, reason=f"{last.outcome}: {last.message}; the next attempt starts")
+            if told != job:
+                await self._jobs.change(job, told, events.state_changed(told, time.time()))
 
     async def _without_host(self, job: Job) -> None:
         """The cluster answers and doesn't know the host: it died, or was never started."""

@@ -16,6 +16,7 @@ from trainer.contract.outcome import FAILED_SAVE_S, FINAL_SAVE_S
 
 STOP_GRACE_S = 120.0  # without a word from the attempt, from a stop's request to the hard stop
 SAVE_S = FINAL_SAVE_S + FAILED_SAVE_S  # more, for one that reports: its last checkpoint's way
+FROZEN_S = 60.0  # between two looks: this process was stopped, its disk or its machine stood still
 HEARD_S = 5.0  # an attempt that reported so lately is alive; it does so twice a second
 
 
@@ -24,10 +25,17 @@ class Signs:
 
     def __init__(self, stop_grace_s: float = STOP_GRACE_S) -> None:
         self.stop_grace_s = stop_grace_s
-        self.began = time.monotonic()
+        self.began = self.looked = time.monotonic()
         self.heard: dict[str, float] = {}
         self.asked: dict[str, float] = {}
         self.told: set[str] = set()  # whose host has heard of the stop
+
+    def look(self) -> None:
+        """A tick. After one that came too late, attempts may have to find this service again."""
+        before, self.looked = self.looked, time.monotonic()
+        if self.looked - before > FROZEN_S:
+            self.began = self.looked
+            self.heard.clear()
 
     def hear(self, job_id: str) -> None:
         """Its attempt reports."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -165,8 +165,15 @@ class JobStore:
     async def end_attempt(
         self, job_id: str, number: int, outcome: str, message: str, now: float, record: NewRecord
     ) -> bool:
-        """Note how an attempt ended, once; False where it is unknown or was noted before."""
+        """Note how an attempt ended, once; False where it claimed no number or was noted before.
+
+        One that lived and died while the service was away is made known by it.
+        """
+        unheard = Attempt(job_id, number, now, record.step)
         async with self._database.write() as connection:
+            if number:
+                row = insert(attempts).values(**asdict(unheard))
+                await connection.execute(row.on_conflict_do_nothing())
             result = await connection.execute(
                 sa.update(attempts)
                 .where(

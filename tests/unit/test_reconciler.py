@@ -253,6 +253,38 @@ async def test_a_host_that_restarts_its_attempt_puts_the_job_back_to_starting(
     assert (await plane.job("JOB1")).state is JobState.RUNNING
 
 
+async def test_why_attempts_end_before_they_begin_is_said_once(plane: ControlPlane) -> None:
+    job = await started(plane)
+    plane.cluster.says(FIRST, replace(STORE_AWAY, attempt=0))
+    await plane.tick(3)
+    plane.cluster.says(FIRST, *[replace(STORE_AWAY, attempt=0)] * 2)
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.host_number) == (JobState.STARTING, 1)
+    said = "STORE_UNAVAILABLE: the bucket is away; the next attempt starts"
+    assert job.reason == said
+    assert (await plane.messages("JOB1")).count(said) == 1
+
+
+async def test_attempts_that_lived_and_died_unheard_are_in_the_history_and_the_budget(
+    plane: ControlPlane,
+) -> None:
+    """While the service was away."""
+    await started(plane)
+    lost = [replace(LOST, attempt=n, ended_at=time.time() - 60 + n) for n in (1, 2, 3)]
+    plane.cluster.says(FIRST, *lost)
+    await plane.tick(2)
+    view = await plane.jobs.view("JOB1")
+    assert view is not None
+    assert [(each.number, each.outcome) for each in view.attempts] == [
+        (number, "WORKER_LOST") for number in (3, 2, 1)
+    ]
+    assert (await plane.messages("JOB1")).count(LOST.message) == 3
+    plane.cluster.lose(FIRST)
+    await plane.tick()
+    assert sorted(plane.cluster.started[-1]["earlier_ends"]) == [each.ended_at for each in lost]
+
+
 async def test_cancelling_a_queued_job_needs_no_cluster(plane: ControlPlane) -> None:
     plane.cluster.away = True
     await plane.add(new_job(1))
@@ -441,6 +473,25 @@ async def test_a_stops_grace_counts_from_when_it_was_asked_whatever_service_hear
     assert job.state is (JobState.PAUSED if by_force else JobState.RUNNING)
     if by_force:
         assert f"stopped by force {asked_s_ago:.0f} s after it was asked to" in job.reason
+
+
+async def test_a_service_that_was_stopped_takes_its_own_silence_for_nobodys(
+    plane: ControlPlane,
+) -> None:
+    """A frozen machine, say: the attempt saves, and finds the service again."""
+    await running(plane)
+    await plane.want("JOB1", Desired.PAUSED)
+    await plane.tick()
+    plane.reconciler.directive(await plane.job("JOB1"))
+    seen = plane.reconciler.signs
+    for times in (seen.asked, seen.heard):
+        times["JOB1"] -= signs.STOP_GRACE_S + 1
+    seen.looked -= signs.STOP_GRACE_S + 1
+    await plane.tick(2)
+    assert not plane.cluster.killed
+    seen.began -= 2 * signs.HEARD_S
+    await plane.tick()
+    assert plane.cluster.killed == [FIRST], "it did not come back"
 
 
 async def test_a_wish_to_stop_is_dated_until_it_is_taken_back(plane: ControlPlane) -> None:

@@ -164,7 +164,7 @@ async def test_an_older_attempt_is_refused_once_a_newer_one_reports(plane: Contr
 async def test_an_attempt_ends_once(plane: ControlPlane) -> None:
     await plane.add(new_job(1))
     end = plane.jobs.end_attempt
-    assert not await end("JOB1", 1, "COMPLETED", "unknown", 5.0, warned("end"))
+    assert not await end("JOB1", 0, "START_TIMEOUT", "claimed nothing", 5.0, warned("end"))
     await plane.records.begin_attempt(Attempt("JOB1", 1, 1.0, 0), warned("begins"))
     assert await end("JOB1", 1, "WORKER_LOST", "gone", 5.0, warned("end"))
     assert not await end("JOB1", 1, "COMPLETED", "again", 6.0, warned("end"))
