@@ -42,7 +42,11 @@ MAX_WAITING = 50_000  # about a day of one-second steps is 86,400 points of 1 kB
 RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 CLOSE_S = 15.0
 ANSWER_S = 30.0  # a service that takes longer to answer is taken for gone
-OPTIONS = [("grpc.keepalive_time_ms", 10_000), ("grpc.http2.ping_timeout_ms", 10_000)]
+OPTIONS = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.enable_http_proxy", 0),  # what http_proxy names is for the world, not for our service
+]
 log = logging.getLogger(__name__)
 
 DIRECTIVES = {

@@ -142,6 +142,19 @@ def test_what_is_told_arrives_in_order_and_is_delivered_at_close(
     assert all(entry.HasField("time") for entry in service.entries)
 
 
+def test_no_proxy_stands_between_trainer_and_service(
+    service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(report, "CLOSE_S", 3.0)
+    reporter = reporter_to(service)
+    reporter.point(point(1))
+    reporter.close()
+    assert numbers(service) == [1]
+
+
 def test_much_goes_in_batches(service: ScriptedRunService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MAX_BATCH", 10)
     monkeypatch.setattr(report, "FLUSH_S", 0.5)
