@@ -128,22 +128,27 @@ class Gate(grpc.aio.ServerInterceptor):
         inner, decode = handler.stream_stream or handler.unary_stream, _decoder(handler)
 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            code = "OK"
+            code, admitted = "OK", -1
+
+            def admit() -> None:
+                """At first, and again once tokens changed: perhaps its own was revoked."""
+                nonlocal admitted
+                if admitted != self._keyring.version:
+                    self._admit(method, context)
+                    admitted = self._keyring.version
+
             try:
-                self._admit(method, context)
+                admit()
                 rule = RULES.get(method)
                 with self._counted(rule if isinstance(rule, Other) else None):
-                    admitted = self._keyring.version
-                    answers = inner(decode(request), context)
+                    answers = inner(decode(request, admit), context)
                     if inspect.iscoroutine(answers):  # health's Watch writes by itself
                         await answers
                         return
                     # Closed with us: a caller who hangs up must not leave what it started behind.
                     async with aclosing(answers) as responses:
                         async for response in responses:
-                            if admitted != self._keyring.version:  # perhaps its token was revoked
-                                self._admit(method, context)
-                                admitted = self._keyring.version
+                            admit()
                             yield response
             except grpc.aio.AbortError:
                 raise
@@ -170,8 +175,10 @@ class Gate(grpc.aio.ServerInterceptor):
     @contextmanager
     def _counted(self, kind: Other | str | None) -> Iterator[None]:
         """One of the calls of a kind that may be open at once; BusyError past the last."""
-        most_of_one = MAX_OPEN_OF_ONE if access.actor() else MAX_OPEN[kind]
-        rooms = {kind: MAX_OPEN[kind], (kind, access.actor()): most_of_one}
+        rooms: dict[object, int] = {
+            kind: MAX_OPEN[kind],
+            (kind, access.actor()): MAX_OPEN_OF_ONE if access.actor() else MAX_OPEN[kind],
+        }
         for room, most in rooms.items():
             if self._open[room] >= most:
                 what = "calls that wait for jobs" if kind == WAIT else "streams of such callers"
@@ -204,17 +211,21 @@ class Gate(grpc.aio.ServerInterceptor):
         access.identity.set(holder)
 
 
-def _decoder(handler: Any) -> Callable[[Any], Any]:
-    """From the bytes that came to what the method takes: once the caller was let in, and worded."""
+def _decoder(handler: Any) -> Callable[..., Any]:
+    """From the bytes that came to what the method takes: once the caller was let in, and worded.
 
-    def decode(raw: bytes) -> Any:
+    admit: called before each message of a stream of requests; raises where the caller may no more.
+    """
+
+    def decode(raw: bytes, _admit: Callable[[], None] | None = None) -> Any:
         try:
             return handler.request_deserializer(raw)
         except DecodeError:
             raise errors.InvalidRequestError("the request is no message of this call") from None
 
-    async def each(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async def each(requests: AsyncIterator[bytes], admit: Callable[[], None]) -> AsyncIterator[Any]:
         async for raw in requests:
+            admit()
             yield decode(raw)
 
     return each if handler.request_streaming else decode
@@ -254,13 +265,12 @@ def describe(error: Exception) -> tuple[grpc.StatusCode, str, list[Any]]:
             assert isinstance(error, errors.ServiceError)
             return code, _cut(str(error), ALONE_BYTES), [_info(error.reason)]
     if isinstance(error, NotImplementedError):  # from the generated base class
-        code = grpc.StatusCode.UNIMPLEMENTED
-        return code, "this release has no such call", [_info(code.name)]
+        words = "this release has no such call"
+        return grpc.StatusCode.UNIMPLEMENTED, words, [_info("UNIMPLEMENTED")]
     number = secrets.token_hex(4)
     log.error("internal error %s", number, exc_info=error)
-    code = grpc.StatusCode.INTERNAL
     words = f"internal error; number {number} in the service's log"
-    return code, words, [_info(code.name)]
+    return grpc.StatusCode.INTERNAL, words, [_info("INTERNAL")]
 
 
 def _info(reason: str) -> error_details_pb2.ErrorInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -244,3 +245,24 @@ async def test_the_command_makes_a_token_that_may_look_and_not_touch(
     assert "priority 3" in capsys.readouterr().out
     assert await everstep("delete", job_id) == 4
     assert "cancel it first" in capsys.readouterr().err
+
+
+async def test_an_upload_is_not_taken_once_its_token_is_revoked(api: Api) -> None:
+    secret = await token(api, "uploader", Role.SUBMIT)
+    revoked = asyncio.Event()
+
+    async def requests() -> AsyncIterator[pb.PutFileRequest]:
+        sha256 = hashlib.sha256(b"x").hexdigest()
+        header = pb.FileHeader(folder="d", name="a.parquet", size_bytes=1, sha256=sha256)
+        yield pb.PutFileRequest(file=header)
+        await revoked.wait()
+        yield pb.PutFileRequest(data=b"x")
+
+    call = api.training.PutFile(requests(), metadata=bearer(secret), timeout=20)
+    assert not (await call.read()).present
+    await api.call("RevokeToken", pb.RevokeTokenRequest(name="uploader"))
+    revoked.set()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert not [*api.plane.store.list("data/")]
