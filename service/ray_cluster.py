@@ -229,10 +229,10 @@ class Agent:
         known = {"job_id": match[1], "host_number": int(match[2])}
         try:
             return {**known, "answered": True, **self._ray.get(answer, timeout=0.1)}
-        except self._ray.exceptions.GetTimeoutError:
+        except self._ray.exceptions.ActorDiedError:
+            return None  # not a host any more
+        except self._ray.exceptions.RayError:  # late, or out of reach for a moment
             return {**known, "answered": False, "finished": False, "results": []}
-        except self._ray.exceptions.RayActorError:
-            return None  # dead: not a host any more
 
 
 def serve_agent() -> None:
