@@ -9,9 +9,8 @@ method is safe to repeat, submit with the request_id of the first time.
 
 from __future__ import annotations
 
-import random
-import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from typing import Self
 
 from everstep.connection import Connection, Endpoint
 from everstep.errors import ServiceUnreachableError
+from everstep.patience import Patience
 from everstep.specs import AnySpec, spec_message
 from everstep.uploads import upload
 from everstep.v1 import everstep_pb2 as pb
@@ -31,10 +31,7 @@ TRANSFER_S = 3600.0  # a whole state is read and written
 WINDOW_STEPS = 10_000  # of a metric history in one answer
 PAGE_SIZE = 100
 WATCH_PATIENCE_S = 120.0  # a service that restarts is back in seconds; a box, in a minute or two
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
-FINAL_STATES = frozenset(
-    {pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED},
-)
+FINAL_STATES = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
 
 
 class Client:
@@ -140,35 +137,47 @@ class Client:
         Goes on by itself where a broken connection left it, each record once, and raises
         ServiceUnreachableError when the service stays away for patience_s.
         """
-        ended = False
-        wait_s, away_since = FIRST_WAIT_S, None
+        ended, patience = False, Patience(patience_s)
         while True:
             try:
                 request = pb.WatchJobRequest(job_id=job_id, cursor=cursor)
                 for record in self._connection.stream("WatchJob", request):
-                    cursor, ended = record.cursor, ended or _ends(record)
-                    wait_s, away_since = FIRST_WAIT_S, None
+                    cursor, ended = record.cursor, ended or record.event.state in FINAL_STATES
+                    patience.heard()
                     yield record
                 # A service that stops may end its streams as if all were said.
                 if ended or self.get(job_id).state in FINAL_STATES:
                     return
             except ServiceUnreachableError:
-                now = time.monotonic()
-                away_since = now if away_since is None else away_since
-                if now - away_since >= patience_s:
+                if not patience.lasts():
                     raise
-            time.sleep(wait_s * random.uniform(0.8, 1.2))
-            wait_s = min(wait_s * 1.6, LONGEST_WAIT_S)
+            patience.pause()
 
     def logs(
         self, job_id: str, attempt: int = 0, rank: int | None = None, follow: bool = False
     ) -> Iterator[pb.StreamLogsResponse]:
         """Log lines of every rank and attempt, or of one; with follow as they come.
 
-        attempt 0: all. Ends with the lines that are there, or with follow when the job is final.
+        attempt 0: all. Ends with the lines that are there, or with follow when the job is final:
+        then it goes on by itself after a broken connection, each line once, as watch does.
         """
         request = pb.StreamLogsRequest(job_id=job_id, attempt=attempt, rank=rank, follow=follow)
-        yield from self._connection.stream("StreamLogs", request)
+        told, patience = Counter[tuple[int, int]](), Patience(WATCH_PATIENCE_S)
+        while True:
+            said = Counter[tuple[int, int]]()  # by attempt and rank, whose lines have one order
+            try:
+                for line in self._connection.stream("StreamLogs", request):
+                    patience.heard()
+                    said[whose := (line.attempt, line.rank)] += 1
+                    if said[whose] > told[whose]:
+                        told[whose] += 1
+                        yield line
+                if not follow or self.get(job_id).state in FINAL_STATES:
+                    return
+            except ServiceUnreachableError:
+                if not (follow and patience.lasts()):
+                    raise
+            patience.pause()
 
     def cancel(self, job_id: str) -> pb.CancelJobResponse:
         """Stop a job for good; returns when it has, with its last checkpoint or why there is none.
@@ -389,7 +398,3 @@ class Client:
         )
         response: pb.ListMetricsResponse = self._connection.unary("ListMetrics", request, CALL_S)
         return response.points
-
-
-def _ends(record: pb.WatchJobResponse) -> bool:
-    return record.event.kind == pb.EVENT_KIND_STATE_CHANGED and record.event.state in FINAL_STATES

@@ -16,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 
 from everstep import client as client_module
+from everstep import patience
 from everstep.cli import output
 from everstep.cli.__main__ import run
 from everstep.cli.watch_view import LiveView
@@ -29,7 +30,7 @@ NOW = Timestamp(seconds=1_800_000_000)
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTrainingService]:
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
     with FakeTrainingService() as fake:
         monkeypatch.setenv("EVERSTEP_ADDRESS", fake.address)
         yield fake
@@ -339,7 +340,8 @@ def test_logs_are_printed_with_time_attempt_and_rank_or_as_json(
         pb.StreamLogsResponse(time=NOW, attempt=2, rank=rank, line=f"says rank {rank}")
         for rank in (0, 1)
     ]
-    service.script(StreamLogs=[lines])
+    ended = pb.GetJobResponse(job=pb.Job(id="JOB1", state=pb.JOB_STATE_SUCCEEDED))
+    service.script(StreamLogs=[lines], GetJob=[ended])
     assert run(["logs", "JOB1", "--attempt", "2", "--rank", "1", "-f"]) == 0
     asked = service.requests["StreamLogs"][0]
     assert (asked.job_id, asked.attempt, asked.rank, asked.follow) == ("JOB1", 2, 1, True)

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 import everstep
-from everstep import client as client_module
+from everstep import patience
 from everstep.connection import Endpoint
 from everstep.v1 import everstep_pb2 as pb
 from tests.fakes.training_service import Failure, FakeTrainingService, refusal, violations
@@ -33,8 +33,8 @@ def client(service: FakeTrainingService) -> Iterator[everstep.Client]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconnecting doesn't wait."""
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(client_module, "LONGEST_WAIT_S", 0.002)
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(patience, "LONGEST_WAIT_S", 0.002)
 
 
 def state(cursor: int, name: str) -> pb.WatchJobResponse:
@@ -216,6 +216,33 @@ def test_watch_gives_up_when_its_patience_ends(
     service.script(WatchJob=[AWAY])
     with pytest.raises(everstep.ServiceUnreachableError):
         list(client.watch("J", patience_s=0.0))
+
+
+def said(attempt: int, rank: int, line: str) -> pb.StreamLogsResponse:
+    return pb.StreamLogsResponse(attempt=attempt, rank=rank, line=line)
+
+
+@pytest.mark.usefixtures("quick")
+def test_logs_that_are_followed_go_on_over_a_restart_and_tell_each_line_once(
+    service: FakeTrainingService, client: everstep.Client
+) -> None:
+    before = [said(1, 0, "a"), said(1, 0, "a"), said(1, 1, "b")]
+    broken = Failure(grpc.StatusCode.UNAVAILABLE, after=before)
+    # Ranks come in another order than live, each rank's lines in the same.
+    again = [said(1, 0, "a"), said(1, 0, "a"), said(1, 0, "c"), said(1, 1, "b"), said(2, 0, "a")]
+    service.script(
+        StreamLogs=[broken, AWAY, again[:2], again], GetJob=[job("RUNNING"), job("SUCCEEDED")]
+    )
+    found = [(each.attempt, each.rank, each.line) for each in client.logs("J", follow=True)]
+    assert found == [(1, 0, "a"), (1, 0, "a"), (1, 1, "b"), (1, 0, "c"), (2, 0, "a")]
+
+
+def test_logs_that_are_not_followed_say_at_once_that_the_service_is_away(
+    service: FakeTrainingService, client: everstep.Client
+) -> None:
+    service.script(StreamLogs=[Failure(grpc.StatusCode.UNAVAILABLE, after=[said(1, 0, "a")])])
+    with pytest.raises(everstep.ServiceUnreachableError):
+        list(client.logs("J"))
 
 
 def test_watch_passes_other_errors_on(
