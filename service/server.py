@@ -21,6 +21,8 @@ OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", 8 << 20),
+    # Of one connection: who opens a call and sends no message is met by no rule of ours.
+    ("grpc.max_concurrent_streams", 1000),
     ("grpc.so_reuseport", 0),  # a second service on our port is a mistake, not load balancing
 ]
 

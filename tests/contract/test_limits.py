@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from everstep.specs import dict_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
-from service import interceptors, reports, servicer
+from service import interceptors, reports, server, servicer
 from service.access import RULES, Other
 from tests.fakes.api import ADMIN, Api, bearer, credential, hello, reason, served
 from tests.fakes.control_plane import TINY, changed
@@ -240,6 +240,38 @@ async def test_no_uri_of_a_spec_names_an_endpoint(api: Api, uri: str) -> None:
     request = pb.ExportCheckpointRequest(checkpoint="JOB@5", target=uri)
     error = await api.refused("ExportCheckpoint", request)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
+
+
+async def test_calls_that_send_nothing_are_bounded_before_anybody_is_asked_who_calls(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = dict(server.OPTIONS)["grpc.max_concurrent_streams"]
+    let_in = 0
+    through = interceptors.Gate.intercept_service
+
+    async def counted(*call: Any) -> Any:
+        nonlocal let_in
+        let_in += 1
+        return await through(*call)
+
+    monkeypatch.setattr(interceptors.Gate, "intercept_service", counted)
+    ended = asyncio.Event()
+
+    async def silent() -> AsyncIterator[bytes]:
+        await ended.wait()
+        return
+        yield
+
+    opening: Any = api.channel.stream_unary("/everstep.v1.TrainingService/GetJob")
+    calls = [opening(silent()) for _ in range(limit + 200)]
+    async with asyncio.timeout(30):
+        while let_in < limit:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.5)  # in which the others would have come
+    assert let_in == limit
+    for call in calls:
+        call.cancel()
+    ended.set()
 
 
 async def test_a_page_token_outlives_the_service(tmp_path: Path) -> None:
