@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 import time
 from collections.abc import AsyncIterator
@@ -147,6 +148,17 @@ async def test_an_outcome_that_would_come_again_fails_the_job_by_name(plane: Con
     (loss,) = plane.metrics.train_loss.collect()[0].samples  # for the alert: no point tells of it
     assert math.isnan(loss.value)
     assert loss.labels["job_id"] == "JOB1"
+
+
+async def test_a_job_ends_though_its_last_words_name_a_file_in_no_utf8(
+    plane: ControlPlane,
+) -> None:
+    await running(plane)
+    words = f"[Errno 5] Input/output error: {os.fsdecode(b'caf' + bytes([233]))!s}"
+    plane.cluster.ends(FIRST, AttemptResult(1, Outcome.CODE_ERROR, words, 3))
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert (job.state, job.reason.endswith("caf?")) == (JobState.FAILED, True)
 
 
 async def test_a_spent_restart_budget_fails_the_job_and_says_so(plane: ControlPlane) -> None:

@@ -143,5 +143,7 @@ class AttemptResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The inverse of to_dict."""
-        return cls(**{**data, "outcome": Outcome(data["outcome"])})
+        """The inverse of to_dict, but that any message can be kept: not all names are UTF-8."""
+        outcome = Outcome(data["outcome"])
+        message = data["message"].encode(errors="replace").decode()
+        return cls(**{**data, "outcome": outcome, "message": message})
