@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -16,7 +17,7 @@ from service import convert
 from service.access import actor
 from service.cluster import Cluster
 from service.deletions import Deletions
-from service.errors import InvalidRequestError, ServiceError, require
+from service.errors import BusyError, InvalidRequestError, ServiceError, require
 from service.jobs import JobView
 from service.lifecycle import Left, Lifecycle, request_digest
 from service.planning import Resolved
@@ -31,6 +32,7 @@ DEFAULT_PAGE = 50
 MAX_PAGE = 500
 MAX_REQUEST_ID = 128
 PROGRESS_BYTES = 8 << 20  # how often an upload hears how far it is
+UPLOAD_IDLE_S = 60.0  # between two pieces, from a slow disk over a slow line
 MAX_POINTS = 20_000  # of one answer: about 12 MB
 MAX_SPEC_BYTES = 64 << 10  # one with every field at its longest is a tenth of it
 
@@ -264,7 +266,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
             if upload.present:
                 return
             said = 0
-            async for request in requests:
+            async for request in _promptly(requests):
                 await upload.write(request.data)
                 if upload.received_bytes - said >= PROGRESS_BYTES:
                     said = upload.received_bytes
@@ -322,6 +324,19 @@ class TrainingServicer(rpc.TrainingServiceServicer):  # type: ignore[misc]
         if stored.manifest is None:
             return pb.Checkpoint(ref=convert.ref_to_proto(stored.ref), uri=uri)
         return convert.checkpoint_to_proto(stored.manifest, uri)
+
+
+async def _promptly(requests: AsyncIterator[pb.PutFileRequest]) -> AsyncIterator[pb.PutFileRequest]:
+    """Requests as they come; BusyError where none does, for others wait for the place."""
+    while True:
+        try:
+            async with asyncio.timeout(UPLOAD_IDLE_S):
+                request = await anext(requests, None)
+        except TimeoutError:
+            raise BusyError(f"data: none came for {UPLOAD_IDLE_S:.0f} s; send it again") from None
+        if request is None:
+            return
+        yield request
 
 
 def _spec(spec: pb.JobSpec) -> dict[str, Any]:

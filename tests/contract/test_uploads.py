@@ -19,7 +19,7 @@ from everstep.cli.__main__ import run
 from everstep.errors import InvalidRequestError, RefusedError
 from everstep.v1 import everstep_pb2 as pb
 from everstep.v1 import everstep_pb2_grpc as rpc
-from service import uploads
+from service import servicer, uploads
 from tests.fakes.api import ADMIN, Api, bearer, served
 from tests.fakes.control_plane import TINY, changed
 from tests.fakes.corpus import CORPUS, TOKENIZER
@@ -176,6 +176,29 @@ async def test_room_that_was_promised_to_one_upload_is_not_promised_to_the_next(
     again = api.training.PutFile(requests(), metadata=bearer(ADMIN))
     assert not (await again.read()).present
     again.cancel()
+
+
+async def test_uploads_that_send_nothing_more_make_room_for_others(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "UPLOAD_IDLE_S", 0.5)
+
+    async def stalls() -> AsyncIterator[pb.PutFileRequest]:
+        yield header(b"data")
+        await asyncio.Event().wait()
+
+    stalled = [
+        api.training.PutFile(stalls(), metadata=bearer(ADMIN)) for _ in range(uploads.AT_ONCE)
+    ]
+    for each in stalled:
+        assert not (await each.read()).present
+    async with asyncio.timeout(10):
+        await call(lambda client: client.put_file(SHARD, "corpus"))
+        for each in stalled:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await each.read()
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert spooled(tmp_path) == []
 
 
 async def test_a_connection_that_breaks_leaves_nothing(api: Api, tmp_path: Path) -> None:
