@@ -102,7 +102,9 @@ class Reconciler:
 
     def _stops(self, job: Job) -> bool:
         """Whether its attempt should end, whatever becomes of the job then."""
-        return self._suspending or job.desired is not Desired.RUNNING or job.id in self._stopping
+        if self._suspending or not job.holds_resources:  # who reports for one that doesn't is lost
+            return True
+        return job.desired is not Desired.RUNNING or job.id in self._stopping
 
     async def run(self) -> None:
         """Tick for ever. Who wakes it is answered first."""

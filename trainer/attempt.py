@@ -307,10 +307,7 @@ def _stands_still(
     context: AttemptContext, world: World, reporter: Reporter, progress: _Progress, stall: Stall
 ) -> None:
     """Say where every rank is; once sure, end this process, for its training thread never will."""
-    words = (
-        f"no step for {stall.silent_s:.0f} s, where one takes {stall.median_s:.2g} s; "
-        f"after step {progress.step} "
-    )
+    words = f"{stall.words}; after step {progress.step} "
     log.error("%sthis rank is at\n%s", words, stall.stack)
     known = {world.rank: stall.stack}
     with contextlib.suppress(

@@ -4,8 +4,8 @@ A thread beside the loop, in the trainer's own process: it works while the servi
 counts its own ticks, not the clock: in a process that was stopped (SIGSTOP, a frozen machine) it
 stood still as well, and time that nobody lived through is no sign of anything.
 
-Invariant: only a step can be late. The first ones, which compile, and everything between steps
-(waiting for data, evaluation, samples, checkpoints) are never taken for a standstill.
+Invariant: only a step can be late; the first ones, which compile, are after an hour. Everything
+between steps (waiting for data, evaluation, samples, checkpoints) is never taken for a standstill.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Self
 
 STALL_FACTOR = 20  # times the median step
 STALL_FLOOR_S = 300.0  # and never before: a slow machine, another rank's sample
+FIRST_STEPS_S = 3600.0  # for one that compiles, or may: no model takes it, a GPU that hangs does
 # Of the time of the first look: an attempt ends only where the sign is still there half as long on.
 SURE_FACTOR = 1.5
 TICK_S = 1.0
@@ -35,9 +36,17 @@ class Stall:
     """A step that is late. sure: it has been for so long that waiting is no use."""
 
     silent_s: float
-    median_s: float
+    median_s: float | None  # None: too few steps are done to say
     stack: str  # of the training thread
     sure: bool
+
+    @property
+    def words(self) -> str:
+        """What is late, and by how much."""
+        usual = (
+            f"where one takes {self.median_s:.2g} s" if self.median_s else "one of its first steps"
+        )
+        return f"no step for {self.silent_s:.0f} s, {usual}"
 
 
 class Watchdog:
@@ -85,11 +94,14 @@ class Watchdog:
     def tick(self) -> Stall | None:
         """One more tick was lived through; a stall where that is news."""
         with self._lock:
-            if self._elsewhere or self._steps < LEARN_STEPS:
+            if self._elsewhere:
                 return None
             self._silent_s += self._tick_s
-            usual_s = median(self._step_s)
-            limit_s = max(self._floor_s, STALL_FACTOR * usual_s)
+            usual_s = median(self._step_s) if self._steps >= LEARN_STEPS else None
+            if usual_s is None:
+                limit_s = FIRST_STEPS_S
+            else:
+                limit_s = max(self._floor_s, STALL_FACTOR * usual_s)
             sure = self._silent_s >= SURE_FACTOR * limit_s
             if self._silent_s < limit_s or (self._told and not sure):
                 return None

@@ -19,7 +19,7 @@ from trainer.distributed import World
 from trainer.events import Point, Warned
 from trainer.failures import outcome_of
 from trainer.runtime import NoCardError
-from trainer.watchdog import LEARN_STEPS, SURE_FACTOR, Stall, Watchdog
+from trainer.watchdog import FIRST_STEPS_S, LEARN_STEPS, SURE_FACTOR, Stall, Watchdog
 
 HORIZON = 12
 
@@ -191,6 +191,16 @@ def test_a_late_step_ends_the_attempt_only_where_it_stays_away() -> None:
         (30.0, False),
         (30.0 * SURE_FACTOR // 10 * 10 + 10, True),
     ]
+
+
+def test_a_first_step_that_takes_an_hour_is_no_longer_taken_for_compiling() -> None:
+    dog = watched(LEARN_STEPS - 1)
+    found = [stall for _ in range(600) if isinstance(stall := dog.tick(), Stall)]
+    assert (found[0].silent_s, found[0].sure) == (FIRST_STEPS_S, False)
+    assert found[1].sure
+    assert "one of its first steps" in found[0].words
+    dog.step(1.0)
+    assert dog.tick() is None
 
 
 def test_compiling_waiting_and_saving_are_never_taken_for_a_standstill() -> None:

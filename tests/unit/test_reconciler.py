@@ -506,6 +506,20 @@ async def test_a_service_that_was_stopped_takes_its_own_silence_for_nobodys(
     assert plane.cluster.killed == [FIRST], "it did not come back"
 
 
+@pytest.mark.parametrize("outcome", [Outcome.CODE_ERROR, Outcome.STOPPED])
+async def test_who_reports_for_a_job_that_holds_nothing_is_told_to_stop(
+    plane: ControlPlane, outcome: Outcome
+) -> None:
+    """A worker that outlived its host, as beyond a network that was cut."""
+    await running(plane)
+    plane.cluster.machines = []
+    plane.cluster.ends(FIRST, AttemptResult(1, outcome, "x", 3))
+    await plane.tick()
+    job = await plane.job("JOB1")
+    assert job.state in (JobState.FAILED, JobState.QUEUED)
+    assert plane.reconciler.directive(job) == pb.DIRECTIVE_STOP
+
+
 async def test_a_wish_to_stop_is_dated_until_it_is_taken_back(plane: ControlPlane) -> None:
     await running(plane)
     assert (await plane.job("JOB1")).stop_asked_at is None
