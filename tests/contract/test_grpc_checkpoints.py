@@ -10,8 +10,9 @@ import grpc
 import pytest
 
 from everstep.v1 import everstep_pb2 as pb
-from service import checkpoints, servicer
+from service import checkpoints, events, servicer
 from service.errors import CheckpointNeededError
+from service.store import NewRecord
 from tests.fakes.api import Api, credential, hello, reason, served
 from tests.fakes.checkpoints import JOB, MOMENT, ref_to, save
 from tests.fakes.control_plane import new_job
@@ -359,6 +360,19 @@ async def test_more_points_than_an_answer_holds_are_refused(
     error = await api.refused("ListMetrics", pb.ListMetricsRequest(job_id=JOB))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "at most 3 points" in (error.details() or "")
+
+
+async def test_any_client_takes_the_longest_answer(api: Api) -> None:
+    """grpcurl and generated clients take 4 MiB unless they are told otherwise."""
+
+    def point(step: int) -> NewRecord:
+        made = pb.MetricPoint(step=step, loss=2.0)
+        made.devices.add(name="a card")
+        made.devices[0].name += "." * (700 - made.ByteSize())  # as large as real ones
+        return events.point_record(made, 1.5, 1)
+
+    await api.plane.records.append(JOB, [point(step) for step in range(servicer.MAX_POINTS)])
+    assert len(await steps(api)) == servicer.MAX_POINTS
 
 
 @pytest.mark.parametrize(
