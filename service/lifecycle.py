@@ -101,12 +101,23 @@ class Lifecycle:
         resolved = await self.plan(data, inherit)
         if resolved.plan.jumps:
             raise LearningRateJumpError(jump_message(resolved.plan))
+        # Done to its end though the caller hangs up, who may ask again.
+        queueing = self._queue(resolved, request_id or str(ULID()), request_sha256, actor)
+        stored = await asyncio.shield(queueing)
+        if stored is None:  # the same request came twice at once
+            return await self.submit(data, inherit, request_id, request_sha256, actor)
+        return stored, resolved
+
+    async def _queue(
+        self, resolved: Resolved, request_id: str, request_sha256: str, actor: str
+    ) -> JobView | None:
+        """Make a job with all that it needs, or nothing; None where the request made one before."""
         now = time.time()
         job = Job(
             id=str(ULID()),
             spec=resolved.spec,
             start=resolved.start,
-            request_id=request_id or str(ULID()),
+            request_id=request_id,
             request_sha256=request_sha256,
             created_at=now,
         )
@@ -128,16 +139,16 @@ class Lifecycle:
                     await self._storage.hold(resolved.start, job.id)
                 # First the document: a job whose spec can't be stored must not be in the queue.
                 await self._storage.save_document(document)
-            except StorageAwayError:
-                with contextlib.suppress(StorageAwayError):  # the store may have taken either
-                    await self._storage.delete_job(job.id, job.start)
+                stored = await self._jobs.insert(job, events.state_changed(job, now, actor=actor))
+            except Exception:
+                with contextlib.suppress(Exception):  # store or database may have taken it
+                    if await self._jobs.get(job.id) is None:
+                        await self._storage.delete_job(job.id, job.start)
                 raise
-            stored = await self._jobs.insert(job, events.state_changed(job, now, actor=actor))
-        if stored is None:  # the same request came twice at once
+        if stored is None:
             await self._storage.delete_job(job.id, job.start)
-            return await self.submit(data, inherit, request_id, request_sha256, actor)
         self._wake()
-        return stored, resolved
+        return stored
 
     async def check_kept(self, start: CheckpointRef) -> None:
         """Raise SpecError where the job that it belongs to is being deleted."""

@@ -18,6 +18,7 @@ from service.errors import (
     StorageAwayError,
 )
 from service.jobs import Desired, Job
+from service.store import JobStore
 from tests.fakes.control_plane import TINY, ControlPlane, changed, control_plane, new_job
 from tests.fakes.corpus import write_corpus
 from tests.fakes.flaky_store import FlakyStore
@@ -155,6 +156,45 @@ async def test_a_start_whose_hold_or_document_gets_no_answer_leaves_nothing(
             await submit(plane, start={"from": f"{parent.id}@3"})
         assert len(puts) == nth
         assert sorted(info.key for info in store.list("")) == before
+
+
+async def test_a_submission_that_the_database_does_not_take_leaves_nothing(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = await submit(plane)
+    checkpoint(plane, parent, 3)
+
+    async def full(*_: object) -> None:
+        raise OSError("scripted: the disk is full")
+
+    before = sorted(info.key for info in plane.store.list(""))
+    monkeypatch.setattr(JobStore, "insert", full)
+    with pytest.raises(OSError, match="disk is full"):
+        await submit(plane, start={"from": f"{parent.id}@3"})
+    assert sorted(info.key for info in plane.store.list("")) == before
+
+
+async def test_a_submission_whose_caller_hangs_up_is_made_whole(tmp_path: Path) -> None:
+    store = FlakyStore(open_store(f"file:{tmp_path}/bucket"))
+    async with control_plane(tmp_path, store=store) as plane:
+        parent = await submit(plane)
+        checkpoint(plane, parent, 3)
+        start = {"from": f"{parent.id}@3"}
+        store.gate.clear()
+        asked = asyncio.create_task(submit(plane, request="R", start=start))
+        assert await asyncio.to_thread(store.waits.wait, 30)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        again = asyncio.create_task(submit(plane, request="R", start=start))
+        store.gate.set()
+        job = await again
+        made = [view.job.id for view in await plane.lifecycle.page([], None, 10)]
+        assert made == [job.id, parent.id]
+        keys = [info.key for info in store.list("")]
+        assert sum("held-by-" in key for key in keys) == 1
+        assert f"jobs/{parent.id}/checkpoints/{3:010d}/1/held-by-{job.id}" in keys
+        assert sum(key.endswith("spec.json") for key in keys) == 2
 
 
 async def test_a_submission_answers_what_get_shows(plane: ControlPlane) -> None:
