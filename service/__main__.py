@@ -66,8 +66,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for chatty in ("alembic", "botocore", "boto3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    settings = _settings()
     try:
+        settings = _settings()
         with _sole_owner(settings.state):
             asyncio.run(_serve(settings))
     except (StartError, PartFailedError, StoreError, StorageAwayError) as error:

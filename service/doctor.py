@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from service.errors import ClusterAwayError
+from service.errors import ClusterAwayError, StartError
 from service.placement import whole
 from service.ray_cluster import RayCluster
 from service.settings import Settings
@@ -354,7 +354,10 @@ def main() -> None:
     parser.add_argument("--state", type=Path)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    settings = Settings(state=given.state) if given.state else Settings()
+    try:
+        settings = Settings(state=given.state) if given.state else Settings()
+    except StartError as error:
+        sys.exit(f"everstep: {error}")
     found = []
     for finding in examine(settings):
         found.append(finding)

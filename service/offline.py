@@ -21,7 +21,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from service.errors import ServiceError
+from service.errors import ServiceError, StartError
 from service.planning import Planner
 from service.servicer import plan_to_proto
 from service.settings import Settings
@@ -41,7 +41,7 @@ def main() -> None:
         answer = asyncio.run(_plan(Settings(), **asked))
     except SpecError as error:
         answer = {"violations": [[v.field, v.describe()] for v in error.violations]}
-    except (ServiceError, StoreError, StoreUriError) as error:
+    except (ServiceError, StartError, StoreError, StoreUriError) as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))
 

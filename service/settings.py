@@ -5,17 +5,29 @@ Object storage takes the standard AWS_* variables, read by boto3 itself.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import StartError
+
+PREFIX = "EVERSTEP_"
+SECRET = re.compile("([0-9a-fA-F]{2}){32,}")
+TOKEN_CHARACTERS = 16
+HIDDEN = ("admin_token", "secret")
 
 
 class Settings(BaseSettings):
-    """Where the service keeps, listens and reaches. Every field is EVERSTEP_<NAME>."""
+    """Where the service keeps, listens and reaches. Every field is EVERSTEP_<NAME>.
 
-    model_config = SettingsConfigDict(env_prefix="EVERSTEP_", env_ignore_empty=True, extra="ignore")
+    Raises:
+        StartError: naming each that can't be used, its value unless it is a secret, and its bound.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore")
 
     state: Path = Field(Path(".everstep"), description="folder of all state")
     standalone: bool = Field(False, description="start Ray and SeaweedFS beside the service")
@@ -30,7 +42,9 @@ class Settings(BaseSettings):
     metrics_listen: str = Field("127.0.0.1:0", description="address of /metrics")
     storage: str | None = Field(None, description="s3://bucket/prefix or file:/folder of all jobs")
     ray_address: str | None = Field(None, description="address of Ray's GCS")
-    admin_token: SecretStr | None = Field(None, description="bearer token that may do everything")
+    admin_token: SecretStr | None = Field(
+        None, min_length=TOKEN_CHARACTERS, description="bearer token that may do everything"
+    )
     secret: SecretStr | None = Field(None, description="32 bytes in hex; attempts' credentials")
     advertise: str | None = Field(None, description="address at which workers reach the service")
     cache: Path | None = Field(None, description="folder of caches on the workers")
@@ -54,7 +68,26 @@ class Settings(BaseSettings):
         None, ge=0, description="GPUs of the embedded Ray; more than there are train on the CPU"
     )
 
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise StartError("; ".join(map(_described, error.errors()))) from None
+
+    @field_validator("secret")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not SECRET.fullmatch(value.get_secret_value()):
+            raise ValueError("must be 32 bytes in hex, as `openssl rand -hex 32` makes them")
+        return value
+
     @field_validator("data_roots", mode="before")
     @classmethod
     def _divided(cls, value: object) -> object:
         return value.split(":") if isinstance(value, str) else value
+
+
+def _described(error: Any) -> str:
+    name = str(error["loc"][0])
+    value = "" if name in HIDDEN else f" {error['input']!r}:"
+    return f"{PREFIX}{name.upper()}:{value} {error['msg'].removeprefix('Value error, ')}"
