@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("everstep", "service", "trainer")
 FILE_LINES = 400
 FUNCTION_LINES = 70
-STATEMENTS = 12_900  # outside tests; docs/adr/0004 says why statements are counted
+STATEMENTS = 13_000  # outside tests; docs/adr/0004 says why statements are counted
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
