@@ -17,11 +17,12 @@ from everstep.cli.job_view import (
     metric_table,
     show_job,
 )
-from everstep.cli.options import json_option
+from everstep.cli.options import json_option, whole
 from everstep.cli.output import console, note, ref_name, state_name, write_json
 from everstep.client import Client
 from everstep.errors import NotFoundError
 from everstep.v1 import everstep_pb2 as pb
+from trainer.contract.spec import INT32_MAX
 
 CHECKPOINT_BAD = 1
 SHOWN_POINTS = 20
@@ -101,10 +102,12 @@ def resume(job: str, output: str) -> None:
 
 @click.command()
 @click.argument("job")
-@click.option("--priority", type=int, help="Higher runs first; counts while the job waits.")
-@click.option("--keep-last", type=int, metavar="N", help="Keep the N newest checkpoints.")
 @click.option(
-    "--keep-every-steps", type=int, metavar="N", help="Keep those at multiples of N; 0: none."
+    "--priority", type=whole(-INT32_MAX), help="Higher runs first; counts while the job waits."
+)
+@click.option("--keep-last", type=whole(), metavar="N", help="Keep the N newest checkpoints.")
+@click.option(
+    "--keep-every-steps", type=whole(), metavar="N", help="Keep those at multiples of N; 0: none."
 )
 @click.option("--keep-best/--no-keep-best", default=None, help="Keep the best by validation.")
 @json_option
@@ -152,7 +155,7 @@ def delete(job: str, checkpoints: bool, output: str) -> None:
 @click.option(
     "--delete",
     "step",
-    type=click.IntRange(min=0),
+    type=whole(),
     metavar="STEP",
     help="Delete the checkpoint at STEP, unless something depends on it.",
 )
@@ -196,18 +199,16 @@ def lineage(job: str, output: str) -> None:
 
 @click.command()
 @click.argument("job")
-@click.option(
-    "--from-step", type=click.IntRange(min=0), default=0, metavar="STEP", help="From this step."
-)
+@click.option("--from-step", type=whole(), default=0, metavar="STEP", help="From this step.")
 @click.option(
     "--to-step",
-    type=click.IntRange(min=1),
+    type=whole(1),
     metavar="STEP",
     help="To this step.  [default: the last]",
 )
 @click.option(
     "--points",
-    type=click.IntRange(min=0),
+    type=whole(),
     default=SHOWN_POINTS,
     show_default=True,
     help="At most this many, evenly spaced; 0: all.",

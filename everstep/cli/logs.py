@@ -6,15 +6,15 @@ from datetime import datetime
 
 import click
 
-from everstep.cli.options import json_option
-from everstep.cli.output import write_json
+from everstep.cli.options import json_option, whole
+from everstep.cli.output import printable, write_json
 from everstep.client import Client
 
 
 @click.command()
 @click.argument("job")
-@click.option("--attempt", type=click.IntRange(min=1), default=None, help="Only this attempt.")
-@click.option("--rank", type=click.IntRange(min=0), default=None, help="Only this rank.")
+@click.option("--attempt", type=whole(1), default=None, help="Only this attempt.")
+@click.option("--rank", type=whole(), default=None, help="Only this rank.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with lines as they come.")
 @json_option
 def logs(job: str, attempt: int | None, rank: int | None, follow: bool, output: str) -> None:
@@ -25,7 +25,7 @@ def logs(job: str, attempt: int | None, rank: int | None, follow: bool, output: 
                 write_json(line, line=True)
                 continue
             at = datetime.fromtimestamp(line.time.seconds).strftime("%H:%M:%S")
-            click.echo(f"{at} {line.attempt}/{line.rank} {line.line}")
+            click.echo(f"{at} {line.attempt}/{line.rank} {printable(line.line)}")
 
 
 COMMANDS = (logs,)

@@ -16,9 +16,11 @@ import click
 from everstep.nanochat_flags import DATA_FOLDERS, data_fields, translate
 from everstep.spec_text import read_setting, read_spec
 from everstep.specs import merged
+from trainer.contract.spec import INT32_MAX
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NANOCHAT_CHECKPOINT = "nanochat:"
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Asked:
     spec: dict[str, Any]
     inherit: bool
     notes: list[str]
+
+
+def whole(least: int = 0, most: int = INT32_MAX) -> click.IntRange:
+    """A whole number that the wire can carry."""
+    return click.IntRange(least, most)
 
 
 def json_option(command: Command) -> Command:

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from everstep.cli.options import json_option
+from everstep.cli.options import INT64_MAX, json_option, whole
 from everstep.cli.output import note, printable
 from everstep.client import Client
 
@@ -15,7 +15,7 @@ from everstep.client import Client
 @click.command()
 @click.argument("checkpoint", metavar="JOB@STEP")
 @click.argument("prompt", default="")
-@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--tokens", type=whole(1), default=64, show_default=True)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -23,8 +23,8 @@ from everstep.client import Client
     show_default=True,
     help="0: always the likeliest token.",
 )
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Only among the K likeliest.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
+@click.option("--top-k", type=whole(), default=0, help="Only among the K likeliest.")
+@click.option("--seed", type=whole(most=INT64_MAX), default=0, help="Of the draws.")
 @json_option
 def sample(
     checkpoint: str,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from everstep.cli.options import json_option
+from everstep.cli.options import INT64_MAX, json_option, whole
 from everstep.cli.output import console, fail, note, state_name, write_json
 from everstep.cli.watch_view import LiveView, PlainView, View
 from everstep.client import FINAL_STATES, Client
@@ -19,7 +19,7 @@ JOB_FAILED = 1
 
 @click.command()
 @click.argument("job")
-@click.option("--cursor", type=click.IntRange(min=0), default=0, help="Go on after this record.")
+@click.option("--cursor", type=whole(most=INT64_MAX), default=0, help="Go on after this record.")
 @json_option
 def watch(job: str, cursor: int, output: str) -> int:
     """Follow JOB to its end: progress, events, values in force. Exits with 1 unless it succeeds.

@@ -177,6 +177,13 @@ def test_every_violation_is_printed_on_a_line_whoever_found_it(
         (["submit", "--nanochat-dir"], "requires an argument"),
         (["list", "--state", "LOST"], "LOST"),
         (["watch", "J", "--cursor", "-1"], "-1"),
+        (["watch", "J", "--cursor", str(2**63)], "--cursor"),
+        (["update", "J", "--priority", str(-(2**31))], "--priority"),
+        (["update", "J", "--keep-last", str(2**31)], "--keep-last"),
+        (["logs", "J", "--attempt", str(2**31)], "--attempt"),
+        (["metrics", "J", "--to-step", str(2**31)], "--to-step"),
+        (["sample", "J@1", "--tokens", str(2**31)], "--tokens"),
+        (["sample", "J@1", "--seed", str(2**63)], "--seed"),
         (["nonsense"], "nonsense"),
     ],
 )
