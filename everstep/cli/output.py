@@ -35,10 +35,18 @@ STATE_STYLES = {
 }
 
 
+class _Console(Console):
+    """One whose reader may leave: that is told as for what is written without it (__main__.py)."""
+
+    def on_broken_pipe(self) -> None:
+        """Its own ends the program with 1, as if a job had failed."""
+        raise BrokenPipeError
+
+
 def console(*, stderr: bool = False) -> Console:
     """stdout, or stderr; a pipe gets the same width everywhere."""
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else PLAIN_WIDTH
-    return Console(width=width, markup=False, highlight=False, emoji=False, stderr=stderr)
+    return _Console(width=width, markup=False, highlight=False, emoji=False, stderr=stderr)
 
 
 def table(*names: str, whole: Collection[str] = WHOLE) -> Table:
@@ -123,7 +131,7 @@ def change(first: float, last: float) -> str:
 def size(count: float) -> str:
     """Bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # what would be written as 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,6 +312,24 @@ def test_durations_are_told_in_the_units_that_matter(seconds: float, words: str)
     assert output.duration(117_720) == "1 d 8 h"
 
 
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(999, "999 B"), (999_700, "1 MB"), (999_499, "999 kB"), (2.04e9, "2.04 GB"), (5e12, "5 TB")],
+)
+def test_sizes_are_told_in_three_digits(count: float, words: str) -> None:
+    assert output.size(count) == words
+
+
+def test_a_reader_who_has_seen_enough_is_no_job_that_failed(service: FakeTrainingService) -> None:
+    service.script(ListJobs=[pb.ListJobsResponse(jobs=[job()])])
+    ours, theirs = os.pipe()
+    os.close(ours)  # as `head` does once it has its lines
+    command = [sys.executable, "-m", "everstep.cli", "list"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_update_sends_what_was_given_and_nothing_else(
     service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,7 +356,7 @@ def test_logs_are_printed_with_time_attempt_and_rank_or_as_json(
     service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [
-        pb.StreamLogsResponse(time=NOW, attempt=2, rank=rank, line=f"says rank {rank}")
+        pb.StreamLogsResponse(time=NOW, attempt=2, rank=rank, line=f"says\x1b rank {rank}")
         for rank in (0, 1)
     ]
     ended = pb.GetJobResponse(job=pb.Job(id="JOB1", state=pb.JOB_STATE_SUCCEEDED))
@@ -346,8 +365,8 @@ def test_logs_are_printed_with_time_attempt_and_rank_or_as_json(
     asked = service.requests["StreamLogs"][0]
     assert (asked.job_id, asked.attempt, asked.rank, asked.follow) == ("JOB1", 2, 1, True)
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split(" ", 1)[1] for line in shown] == ["2/0 says rank 0", "2/1 says rank 1"]
+    assert [line.split(" ", 1)[1] for line in shown] == ["2/0 says? rank 0", "2/1 says? rank 1"]
     assert run(["logs", "JOB1", "-o", "json"]) == 0
     assert not service.requests["StreamLogs"][1].HasField("rank")
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [each["line"] for each in told] == ["says rank 0", "says rank 1"]
+    assert [each["line"] for each in told] == ["says\x1b rank 0", "says\x1b rank 1"]
