@@ -171,8 +171,8 @@ def _memory(memory: pb.MemoryEstimate) -> str:
 def _time(time: pb.TimeEstimate) -> str:
     mfu = f", MFU {time.mfu_ratio:.1%}" if time.HasField("mfu_ratio") else ""
     return (
-        f"{output.duration(time.total_s)}: {time.step_s:.3g} s a step, {time.tokens_per_s:,.0f} "
-        f"tokens/s{mfu} ({time.basis})"
+        f"{output.duration(time.total_s)} without validation: {time.step_s:.3g} s a step, "
+        f"{time.tokens_per_s:,.0f} tokens/s{mfu} ({time.basis})"
     )
 
 

@@ -188,8 +188,30 @@ def test_the_plan_warns_of_the_smear_rate_and_of_tables_in_bf16() -> None:
         optimizer={"smear_lr": 0.001, "scalar_lr": 0.04},
         precision={"embeddings": "fp32"},
         schedule={"warmdown_ratio": 0.1},
+        evaluate={"every": 5000},
     )
     assert make_plan(quiet, VOCAB).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("every", "horizon", "words"),
+    [(250, 300_000, "adds about 85% to the time"), (250, 249, ""), (0, 300_000, ""), (5000, 1, "")],
+)
+def test_validation_that_takes_as_long_as_training_is_said(
+    every: int, horizon: int, words: str
+) -> None:
+    spec = spec_of(evaluate={"every": every}, schedule={"num_iterations": horizon})
+    said = [text for text in make_plan(spec, VOCAB).warnings if text.startswith("validation ")]
+    assert bool(said) == bool(words)
+    assert all(words in text and "16,384,000" in text for text in said)
+
+
+def test_what_the_continue_anchor_does_not_apply_is_said() -> None:
+    schedule = {"anchor": "continue", "warmup_steps": 40, "warmdown_ratio": 0.65}
+    said = continued(fork_at(200_000), schedule=schedule).warnings
+    assert any("warmup_steps 40 and warmdown_ratio 0.65 have no effect" in text for text in said)
+    said = continued(fork_at(200_000), schedule={"anchor": "continue"}).warnings
+    assert not any("have no effect" in text for text in said)
 
 
 def test_without_checkpoints_by_steps_everything_is_at_risk() -> None:

@@ -19,6 +19,8 @@ SAME = 1e-6  # relative; two factors that are one
 WTE_STD = 0.8  # of the initial token embeddings (trainer/gpt.py)
 USUAL_UPDATE = 0.3  # of the rate: how far AdamW moves an entry of a table in a step (nanochat runs)
 BF16_HALF_STEP = -8  # half the spacing of bf16 numbers in [2^e, 2^(e+1)) is 2^(e-8)
+FORWARD_SHARE = 1 / 3  # of a step: the backward pass takes some two thirds of it
+MUCH_VALIDATION = 0.05  # of the time that training takes; worth a word (assumption)
 NANOCHAT_RATES = {  # its defaults, all of which scale with the batch; 0.2 for smear, which doesn't
     "embedding_lr": 0.3,
     "unembedding_lr": 0.008,
@@ -35,6 +37,8 @@ def advise(
         _smear(spec, groups),
         _one_factor(spec),
         _no_warmdown(spec),
+        _straight_line(spec),
+        _validation(spec, start_step),
         _frozen_tables(spec, groups, schedule, start_step),
     ]
     workers, possible = spec.resources.workers, spec.possible_workers
@@ -122,6 +126,31 @@ def _no_warmdown(spec: JobSpec) -> str | None:
         f"the warmdown never comes: with schedule.warmdown_ratio {schedule.warmdown_ratio:g} the "
         f"rates stay as they are to the last step; final_lr_frac {schedule.final_lr_frac:g} has no "
         "effect"
+    )
+
+
+def _straight_line(spec: JobSpec) -> str | None:
+    schedule = spec.schedule
+    if schedule.anchor != "continue" or not (schedule.warmup_steps or schedule.warmdown_ratio):
+        return None
+    return (
+        f"schedule.anchor continue is a straight line: warmup_steps {schedule.warmup_steps} and "
+        f"warmdown_ratio {schedule.warmdown_ratio:g} have no effect"
+    )
+
+
+def _validation(spec: JobSpec, start_step: int) -> str | None:
+    every, tokens = spec.evaluate.every, spec.evaluate_rows * spec.model.max_seq_len
+    trained = every * spec.batch.total_batch_size
+    if not 0 < every <= spec.schedule.num_iterations - start_step:
+        return None  # at the end alone
+    share = FORWARD_SHARE * tokens / trained
+    if share < MUCH_VALIDATION:
+        return None
+    return (
+        f"validation adds about {share:.0%} to the time that training takes: {tokens:,} tokens "
+        f"every {every} steps, which train on {trained:,} (evaluate.every, evaluate.tokens; a "
+        "forward pass is taken for a third of a step)"
     )
 
 
