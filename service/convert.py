@@ -118,7 +118,8 @@ def job_to_proto(view: JobView) -> pb.Job:
         message.latest.ParseFromString(progress.latest_point)
         left = job.spec.schedule.num_iterations - progress.step
         if job.state is JobState.RUNNING and message.latest.step_s > 0:
-            message.eta_s = left * message.latest.step_s
+            stretch = progress.ledger.stretch if progress.ledger is not None else 1.0
+            message.eta_s = left * message.latest.step_s * stretch
     if progress.in_force is not None:
         message.in_force.extend(pb.Event.FromString(progress.in_force).groups)
     if (ledger := progress.ledger) is not None:

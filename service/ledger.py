@@ -74,6 +74,12 @@ class Ledger:
         return self.seconds["productive"] / held if held > 0 else None
 
     @property
+    def stretch(self) -> float:
+        """How much longer than its steps alone this job takes, with what it validates between."""
+        steps_s = sum(self.seconds[kind] for kind in ("productive", "recompute", "data"))
+        return 1.0 + (self.seconds["evaluation"] / steps_s if steps_s > 0 else 0.0)
+
+    @property
     def energy_joules(self) -> float | None:
         """Of all its GPUs that say so, over all attempts."""
         return sum(total for total, _ in self.joules.values()) if self.joules else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ from prometheus_client import CollectorRegistry
 
 from everstep.v1 import everstep_pb2 as pb
 from service import convert, events
-from service.jobs import Attempt, Job
+from service.jobs import Attempt, Job, JobView, Progress
+from service.ledger import Ledger
 from service.metrics import Metrics
 from service.reports import _record
 from service.store import RecordStore, Thinning
 from service.store.schema import progress
 from tests.fakes.control_plane import ControlPlane, control_plane, new_job
 from trainer.contract.outcome import AttemptResult, Outcome
+from trainer.contract.spec import JobSpec
 from trainer.contract.states import JobState
 
 SUBMITTED = 1_000_000.25
@@ -323,3 +326,18 @@ def test_a_job_that_moved_leaves_no_gpu_behind() -> None:
         metrics.observe_point(job, pb.MetricPoint(step=1, devices=sampled))
     (family,) = metrics.gpu_temperature.collect()
     assert [sample.labels["gpu"] for sample in family.samples] == ["0"]
+
+
+@pytest.mark.parametrize(("evaluation_s", "left_s"), [(0.0, 400.0), (85.0, 740.0)])
+def test_the_time_that_is_left_counts_what_validation_took_so_far(
+    evaluation_s: float, left_s: float
+) -> None:
+    ledger = Ledger(until=SUBMITTED)
+    ledger.seconds |= {"productive": 80.0, "recompute": 15.0, "data": 5.0, "queue": 1e6}
+    ledger.seconds["evaluation"] = evaluation_s
+    point = pb.MetricPoint(step=100, step_s=2.0).SerializeToString()
+    spec = JobSpec.parse({"schedule": {"num_iterations": 300}})
+    job = replace(new_job(1), state=JobState.RUNNING, spec=spec)
+    view = JobView(job, Progress(step=100, latest_point=point, ledger=ledger))
+    assert convert.job_to_proto(view).eta_s == pytest.approx(left_s)
+    assert convert.job_to_proto(replace(view, progress=replace(view.progress, ledger=None))).eta_s
