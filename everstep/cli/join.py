@@ -8,6 +8,7 @@ Invariant: what is printed holds no secret, and is run on the head's box by whoe
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ import click
 COMPOSE = "worker.compose.yml"
 SECRETS = ("ray.token", "storage.env")
 SHARED = ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "EVERSTEP_DATA", "EVERSTEP_SHM")
+# Of compose's .env: the name, and the value in single quotes, in double ones, or without.
+LINE = re.compile(r"""\s*(?:export\s+)?(\w+)=(?:'([^']*)'|"([^"]*)"|(.*?))(?:\s+#.*|\s*)""")
 THERE = "everstep-worker"  # a folder in the home of whoever logs in
 
 
@@ -52,8 +55,11 @@ def _of_the_stack(checkout: Path, head: str) -> dict[str, str]:
     """What the stack was told that its workers must know: by variables, or compose's .env."""
     written = checkout / ".env"
     lines = written.read_text().splitlines() if written.is_file() else []
-    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith("#"))
-    known = {key.strip(): value.strip().strip("'\"") for key, _, value in pairs} | os.environ
+    known = {}
+    for found in filter(None, map(LINE.fullmatch, lines)):
+        name, literal, quoted, bare = found.groups()
+        known[name] = os.path.expandvars(quoted or bare or "") if literal is None else literal
+    known |= os.environ
     if port := known.get("EVERSTEP_S3_PORT"):
         known.setdefault("AWS_ENDPOINT_URL_S3", f"http://{head}:{port}")
     return {key: known[key] for key in SHARED if known.get(key)}

@@ -98,6 +98,13 @@ def test_what_the_stack_was_told_of_its_store_goes_along(
     assert run(words) == 0
     said = shlex.split(capsys.readouterr().out)[-1]
     assert "AWS_ENDPOINT_URL_S3=http://10.0.0.1:9333 EVERSTEP_DATA='/my data' docker" in said
+    monkeypatch.setenv("HOME", "/home/me")
+    (checkout / ".env").write_text(
+        'export EVERSTEP_DATA="$HOME/my data" # here\nEVERSTEP_SHM=8gb # all\n'
+    )
+    assert run(words) == 0
+    said = shlex.split(capsys.readouterr().out)[-1]
+    assert "EVERSTEP_DATA='/home/me/my data' EVERSTEP_SHM=8gb docker" in said
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://store.example")
     assert run(words) == 0
     assert "AWS_ENDPOINT_URL_S3=https://store.example " in capsys.readouterr().out
