@@ -216,3 +216,38 @@ def test_another_address_takes_tls_or_a_network_that_encrypts(box: Box, variable
     assert box.up(**{variable: "10.0.0.1", "EVERSTEP_PLAINTEXT": "yes"}).returncode == 0
     assert box.up(**{variable: "10.0.0.1", "EVERSTEP_TLS": "yes"}).returncode == 0
     assert b"BEGIN CERTIFICATE" in (box.secrets / "tls/server.crt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("$HOME/.cache/nanochat", "/home/me/.cache/nanochat"),
+        ("${HOME}/a$HOME b # mine", "/home/me/a/home/me b"),
+        ('"${HOME}/my data"', "/home/me/my data"),
+        ("'$HOME/data'", "$HOME/data"),
+        ("${HOME:-/root}/data", "left to compose"),
+        ("$$HOME", "left to compose"),
+        ("/plain", "/plain"),
+    ],
+)
+def test_a_line_of_env_means_what_it_means_to_compose(box: Box, written: str, told: str) -> None:
+    box.program("docker", f'{DOCKER}echo "${{EVERSTEP_DATA-left to compose}}" >"$BOX/told"\n')
+    (box.folder / ".env").write_text(f"# ours\nexport EVERSTEP_DATA={written}\n")
+    assert box.up(HOME="/home/me").returncode == 0
+    assert (box.folder / "told").read_text() == f"{told}\n"
+
+
+def test_secrets_from_a_copy_are_kept_from_others_again(box: Box) -> None:
+    assert box.up().returncode == 0
+    box.secrets.chmod(0o755)
+    assert box.up().returncode == 0
+    assert box.secrets.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_containers_user_reads_a_certificate_of_ones_own(box: Box) -> None:
+    assert box.up().returncode == 0
+    for name in ("server.crt", "server.key"):
+        (box.secrets / "tls" / name).write_text("mine")
+    assert box.up(EVERSTEP_TLS="yes").returncode == 0
+    assert (box.secrets / "tls").stat().st_mode & 0o777 == 0o755
+    assert (box.secrets / "tls/server.crt").read_text() == "mine"
