@@ -128,6 +128,7 @@ def translate(
     spec["name"] = values["model-tag"] or f"d{values['depth']}"
     if not found:
         found += _derive(spec, values, vocab_size, notes)
+        notes += _unused(given, values)
         _clocks(spec, values, notes)
         found += _start(spec, values, base_folder)
     if found:
@@ -228,6 +229,18 @@ def _derive(
     spec["model"]["vocab_size"] = vocab
     spec["batch"]["total_batch_size"], spec["schedule"]["num_iterations"] = batch, steps
     return []
+
+
+def _unused(given: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """What nanochat takes and doesn't look at either, since another flag comes first."""
+    steps, batch = values["num-iterations"] != -1, values["total-batch-size"] != -1
+    flops = values["target-flops"] > 0
+    beside = {"target-flops": steps, "target-param-data-ratio": batch and (steps or flops)}
+    return [
+        f"--{name}: not used: steps and batch follow from other flags"
+        for name, unused in beside.items()
+        if unused and name in given
+    ]
 
 
 def _clocks(spec: dict[str, Any], values: Mapping[str, Any], notes: list[str]) -> None:

@@ -118,9 +118,16 @@ def asked(
     if name is not None:
         data = merged(data, {"name": name})
     if start is not None:
+        if nanochat is not None and "start" in data:
+            raise click.UsageError("give --from or --resume-from-step, not both")
         data = merged(data, {"start": {"from": start}})
     # A nanochat checkpoint has no spec of ours to inherit.
     inherit = start is not None and not start.startswith(NANOCHAT_CHECKPOINT)
+    if inherit and nanochat is not None:
+        notes = [
+            *notes,
+            "--nanochat: flags left out take nanochat's defaults, not that job's values",
+        ]
     return Asked(merged(data, changes), inherit, notes)
 
 

@@ -234,6 +234,18 @@ def test_a_nanochat_checkpoint_has_no_spec_to_inherit(service: FakeTrainingServi
     assert not service.requests["PlanJob"][0].inherit
 
 
+def test_a_nanochat_command_line_over_a_job_says_whose_values_are_left(
+    service: FakeTrainingService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(service, plan())
+    words = ["plan", "--from", f"{PARENT}@16", "--nanochat-dir", str(tmp_path), "--nanochat"]
+    assert run([*words, "--depth=4"]) == 0
+    assert service.requests["PlanJob"][0].inherit
+    assert "nanochat's defaults, not that job's values" in capsys.readouterr().err
+    assert run([*words, "--depth=4 --resume-from-step=8"]) == 2
+    assert "--from or --resume-from-step, not both" in capsys.readouterr().err
+
+
 def test_submit_ends_with_the_job_id(
     service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,27 @@ def test_flags_without_a_meaning_here_are_noted() -> None:
         assert any(note.startswith(f"{flag}:") for note in made.notes)
 
 
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        ("--num-iterations=5 --target-flops=1e15", ["target-flops"]),
+        ("--num-iterations=5 --target-param-data-ratio=9", []),  # the batch follows from it
+        (
+            "--num-iterations=5 --total-batch-size=65536 --target-param-data-ratio=9",
+            ["target-param-data-ratio"],
+        ),
+        (
+            "--target-flops=1e18 --total-batch-size=65536 --target-param-data-ratio=9",
+            ["target-param-data-ratio"],
+        ),
+        ("--target-param-data-ratio=9 --total-batch-size=65536", []),
+    ],
+)
+def test_a_flag_that_another_one_overrules_is_noted(command: str, unused: list[str]) -> None:
+    notes = translate(f"--depth=4 {command}").notes
+    assert [note.split(":")[0][2:] for note in notes if "not used" in note] == unused
+
+
 def test_every_bad_flag_is_refused_by_name() -> None:
     found = refused("--depht=3 --depth=x --matrix-lr=nan --scalar-lr --run")
     assert list(found) == ["--depht", "--depth", "--matrix-lr", "--scalar-lr", "--run"]
