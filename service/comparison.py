@@ -8,6 +8,7 @@ Invariant: validation figures are given only where all were measured on one eval
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from everstep.v1 import everstep_pb2 as pb
@@ -49,11 +50,7 @@ class Comparison:
             for curve in curves:
                 curve.ClearField("steps")
                 curve.ClearField("validation_bpb")
-        common = set.intersection(*(set(curve.loss_steps) for curve in curves))
-        for curve in curves if common else ():
-            losses = dict(zip(curve.loss_steps, curve.loss, strict=True))
-            curve.loss_steps[:] = sorted(common)
-            curve.loss[:] = [losses[step] for step in sorted(common)]
+        await self._on_common_steps(curves)
         specs = [_flat(view.job.spec.to_dict()) for view in views]
         differences = []
         for field in sorted(set().union(*specs)):
@@ -63,6 +60,24 @@ class Comparison:
         return pb.CompareJobsResponse(
             differences=differences, curves=curves, validation_refused=refused
         )
+
+    async def _on_common_steps(self, curves: list[pb.Curve]) -> None:
+        """Losses on steps of the range that all have, if there is one; else they stay."""
+        if not all(curve.loss_steps for curve in curves):
+            return
+        first = max(curve.loss_steps[0] for curve in curves)
+        last = min(curve.loss_steps[-1] for curve in curves)
+        stride = 2 ** math.ceil(math.log2(max((last - first) / CURVE_POINTS, 1)))
+        losses = []
+        for curve in curves if first <= last else ():
+            found = await self._records.points(
+                curve.job_id, first, last, None, CURVE_POINTS + 1, stride
+            )
+            points = [pb.WatchJobResponse.FromString(record.body).point for record in found]
+            losses.append({point.step: point.loss_smoothed for point in points})
+        common = sorted(set.intersection(*map(set, losses))) if losses else []
+        for curve, loss in zip(curves, losses, strict=False) if common else ():
+            curve.loss_steps[:], curve.loss[:] = common, [loss[step] for step in common]
 
     async def _curve(self, view: JobView) -> pb.Curve:
         job, made = view.job, convert.job_to_proto(view)

@@ -70,17 +70,25 @@ class RecordStore:
             return [Record(*row) for row in await connection.execute(query)]
 
     async def points(
-        self, job_id: str, start_step: int, end_step: int | None, max_points: int | None, limit: int
+        self,
+        job_id: str,
+        start_step: int,
+        end_step: int | None,
+        max_points: int | None,
+        limit: int,
+        stride: int = 1,
     ) -> list[Record]:
         """Metric points of a range of steps, both ends included, in order: one a step.
 
         Where steps were trained twice the newest attempt's counts. max_points: at most so many,
         evenly spaced, the first and the last among them (1: the last). Never more than limit.
+        stride: only of steps that are multiples of it; of a power of two all jobs keep the same.
         """
         wanted = [
             records.c.job_id == job_id,
             records.c.kind == "point",
             records.c.step >= start_step,
+            records.c.step % stride == 0,
         ]
         if end_step is not None:
             wanted.append(records.c.step <= end_step)

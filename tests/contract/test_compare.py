@@ -50,6 +50,28 @@ async def test_specs_curves_and_figures_stand_side_by_side(plane: ControlPlane) 
     assert found.validation_refused == ""
 
 
+async def test_jobs_of_different_lengths_are_drawn_over_all_that_they_share(
+    plane: ControlPlane,
+) -> None:
+    ids = []
+    for number, last, kept in ((1, 3000, 1), (2, 1900, 1), (3, 300_000, 512)):
+        job = await plane.add(new_job(number))
+        steps = [*range(kept if kept > 1 else 1, min(last, 5000) + 1, kept)]  # old ones thinned
+        points = (pb.MetricPoint(step=n, loss_smoothed=5 + number, step_s=2.0) for n in steps)
+        await plane.records.append(job.id, [events.point_record(each, 1.0, 1) for each in points])
+        ids.append(job.id)
+    one, two = (await plane.lifecycle.compare(ids[:2])).curves
+    assert list(one.loss_steps) == list(two.loss_steps)
+    assert one.loss_steps[0] < 10
+    assert one.loss_steps[-1] > 1890
+    assert 190 <= len(one.loss_steps) <= 400
+    assert set(one.loss) == {6.0}
+    assert set(two.loss) == {7.0}
+    assert (one.train_s, two.train_s) == (6000.0, 3800.0)
+    for curve in (await plane.lifecycle.compare(ids)).curves:
+        assert list(curve.loss_steps) == [512, 1024, 1536]
+
+
 async def test_figures_of_different_evaluation_sets_are_withheld(plane: ControlPlane) -> None:
     one, two = await trained(plane, 1, "A"), await trained(plane, 2, "B")
     found = await plane.lifecycle.compare([one, two])
