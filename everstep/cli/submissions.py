@@ -21,6 +21,7 @@ from everstep.client import Client
 from everstep.errors import EverstepError, FieldViolation, InvalidSpecError
 from everstep.nanochat_flags import VOCAB_SIZE
 from everstep.plans import plan_to_proto
+from everstep.specs import spec_message
 from everstep.v1 import everstep_pb2 as pb
 from trainer.contract.devices import find_device
 from trainer.contract.plan import Surroundings, make_plan
@@ -90,6 +91,7 @@ def _offline(wanted: Asked, device: str) -> pb.Plan:
 
 def _offline_continuation(wanted: Asked, device: str) -> pb.Plan:
     """The part that reads storage is a program of the service's, which must be installed here."""
+    spec_message(wanted.spec, wanted.inherit)  # refused as with a service, before it is started
     asked = {"spec": wanted.spec, "inherit": wanted.inherit, "device": device}
     done = subprocess.run(
         command("service.offline"),

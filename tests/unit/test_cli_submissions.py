@@ -174,6 +174,8 @@ def test_every_violation_is_printed_on_a_line_whoever_found_it(
         (["plan", "missing.yaml"], "missing.yaml"),
         (["plan", "--set", "x"], "section.field=value"),
         (["plan", "--nanochat", "--depht=3 --depth=x"], "--depht"),
+        (["plan", "--offline", "--from", "J@1", "--set", "start=J@1"], "start: 'J@1'"),
+        (["plan", "--offline", "--from", "J@1", "--set", "model.depth="], "not taken away"),
         (["submit", "--nanochat-dir"], "requires an argument"),
         (["list", "--state", "LOST"], "LOST"),
         (["watch", "J", "--cursor", "-1"], "-1"),
