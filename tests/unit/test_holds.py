@@ -9,6 +9,7 @@ import pytest
 from tests.fakes.checkpoints import JOB, ref_to, save
 from tests.fakes.memory_store import MemoryObjectStore
 from trainer.storage import layout
+from trainer.storage.manifest import CheckpointRef
 from trainer.storage.object_store import NotFoundError
 from trainer.storage.repository import CheckpointRepository
 from trainer.storage.retention import Retention, prune
@@ -53,3 +54,29 @@ def test_what_was_pruned_can_not_be_held(repository: CheckpointRepository) -> No
         repository.hold(ref_to(10), "child")
     assert list(repository.store.list(layout.checkpoint_prefix(JOB, 10, 1))) == []
     assert repository.held() == frozenset()
+
+
+class TakenUp(MemoryObjectStore):
+    """Another job holds a checkpoint once pruning has looked for holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: CheckpointRef | None = None
+
+    def delete(self, key: str) -> None:
+        if self.taken is None and key == layout.manifest_key(JOB, 10, 1):
+            self.taken = ref_to(10)
+            CheckpointRepository(self, JOB).hold(self.taken, "child")
+        super().delete(key)
+
+
+def test_who_takes_a_checkpoint_up_while_it_is_pruned_wins(tmp_path: Path) -> None:
+    store = TakenUp()
+    repository = CheckpointRepository(store, JOB)
+    repository.claim(None, "host")
+    for step in (10, 20, 30, 40):
+        save(repository, tmp_path, step)
+    assert prune(repository, KEEP_TWO).refs == (ref_to(20),)
+    assert store.taken == ref_to(10)
+    assert steps(repository) == [40, 30, 10]
+    assert repository.verify(ref_to(10)) == ()

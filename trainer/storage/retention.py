@@ -104,18 +104,29 @@ def prune(
     starts = {claims[-1].start} if claims and claims[-1].start else set()
     kept = starts | set(protected) | repository.held()
     doomed = to_delete(current, superseded, bpb, retention, kept)
-    for ref in doomed:
-        delete_checkpoint(repository, ref)
-    return Pruned(tuple(doomed))
+    return Pruned(tuple(ref for ref in doomed if delete_checkpoint(repository, ref)))
 
 
-def delete_checkpoint(repository: CheckpointRepository, ref: CheckpointRef) -> None:
-    """Delete one checkpoint, manifest first; who may be deleted is the caller's decision."""
+def delete_checkpoint(repository: CheckpointRepository, ref: CheckpointRef) -> bool:
+    """Delete one checkpoint, manifest first; who may be deleted is the caller's decision.
+
+    False where another job took hold of it meanwhile: then it stays. Who does so from the
+    manifest's deletion on finds none, and takes the hold back.
+    """
     store = repository.store
-    store.delete(layout.manifest_key(ref.job_id, ref.step, ref.attempt))
-    prefix = layout.checkpoint_prefix(ref.job_id, ref.step, ref.attempt)
-    for info in list(store.list(prefix)):
-        store.delete(info.key)
+    key = layout.manifest_key(ref.job_id, ref.step, ref.attempt)
+    try:
+        manifest = store.get(key)
+    except NotFoundError:
+        manifest = None  # a deletion that broke off
+    store.delete(key)
+    files = [i.key for i in store.list(layout.checkpoint_prefix(ref.job_id, ref.step, ref.attempt))]
+    if manifest is not None and any(map(layout.parse_hold, files)):
+        store.put(key, manifest)
+        return False
+    for file in files:
+        store.delete(file)
+    return True
 
 
 def sweep_orphans(
