@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -305,17 +304,24 @@ def test_prune_keeps_the_start_of_the_latest_attempt(
     assert repository.current() == [ref_to(40, 2), ref_to(30, 2), ref_to(10)]
 
 
-def test_orphans_are_swept_after_their_grace(
+def test_parts_that_nobody_can_commit_any_more_are_swept(
     repository: CheckpointRepository, store: MemoryObjectStore, tmp_path: Path
 ) -> None:
     repository.claim(None, "h")
-    kept = save(repository, tmp_path, 10)
-    orphan = upload(repository, tmp_path, 20).ref
-    written = max(info.modified for info in store.list(""))
-    assert sweep_orphans(repository, 60, written + timedelta(seconds=59)) == []
-    assert sweep_orphans(repository, 60, written + timedelta(seconds=61)) == [orphan]
-    assert repository.verify(kept) == ()
-    assert list(store.list(layout.checkpoint_prefix(JOB, 20, 1))) == []
+    first = save(repository, tmp_path, 10)
+    killed = upload(repository, tmp_path, 40).ref
+    repository.claim(first, "h")
+    given_up = upload(repository, tmp_path, 20, 2).ref
+    on_its_way = upload(repository, tmp_path, 40, 2)
+    newest = save(repository, tmp_path, 30, 2)
+    later = upload(repository, tmp_path, 20, 3).ref
+    assert set(sweep_orphans(repository, newest)) == {killed, given_up}
+    repository.commit(on_its_way)
+    for ref in (first, newest, on_its_way.ref):
+        assert repository.verify(ref) == ()
+    left = {layout.parse_checkpoint(info.key) for info in store.list("")} - {None}
+    steps = {(named.step, named.attempt) for named in left if named}
+    assert steps == {(ref.step, ref.attempt) for ref in (first, newest, on_its_way.ref, later)}
 
 
 def prepare_claim(repository: CheckpointRepository, folder: Path) -> Callable[[], object]:

@@ -149,6 +149,19 @@ def test_the_newest_snapshot_takes_the_place_of_one_that_waits(bench: Bench) -> 
     assert bench.steps() == bench.commits() == [1, 4]
 
 
+def test_what_was_given_up_leaves_nothing_in_the_store(bench: Bench) -> None:
+    for step in (1, 2):
+        fault = bench.store.script(f"put jobs/JOB/checkpoints/{step:010d}", times=10**6)
+        bench.save(step)
+        bench.reporter.wait_for(lambda number=step: len(bench.reporter.events) == number)
+        assert fault.fired
+    bench.save(3)
+    assert bench.writer.drain(WAIT_S)
+    assert bench.commits() == [3]
+    there = {info.key for info in bench.store.list(layout.checkpoints_prefix("JOB"))}
+    assert {named.step for key in there if (named := layout.parse_checkpoint(key))} == {3}
+
+
 def test_trouble_is_told_once_and_tried_again_until_the_store_is_back(bench: Bench) -> None:
     fault = bench.store.script("put_file", times=5)
     bench.save(7)

@@ -39,7 +39,6 @@ from trainer.storage.retry import pauses
 
 T = TypeVar("T")
 
-ORPHAN_GRACE_S = 24 * 3600.0  # far longer than any upload
 SHARE_POLL_S = 0.25  # while another rank still uploads
 NOTHING = -1  # a step before all steps
 NICE = 10  # of the writer's threads: where cores are short, training has them first
@@ -110,7 +109,6 @@ class CheckpointWriter:
         self._trouble: set[str] = set()  # the threads whose last try failed
         self._safe = NOTHING  # the step up to which the store has all, by rank 0's word
         self._closed = False
-        self._swept = False  # once an attempt: what earlier ones left when they were killed
         self.stale = False  # a newer attempt holds the claim: training on would be for nothing
         self.committed: CheckpointRef | None = None  # the newest one of this writer
         self._threads = [
@@ -302,9 +300,8 @@ class CheckpointWriter:
     def _prune(self, newest: CheckpointRef) -> None:
         try:
             prune(self._repository, retention_in_force(self._repository, self._retention))
-            if not self._swept:
-                sweep_orphans(self._repository, ORPHAN_GRACE_S, datetime.now(UTC))
-                self._swept = True
+            # What was given up, and what earlier attempts left when they were killed.
+            sweep_orphans(self._repository, newest)
         except (StoreError, DocumentError) as error:
             # Clean-up trouble costs space, not steps; the next checkpoint prunes again.
             self._reporter.event(Warned(newest.step, f"old checkpoints stay for now: {error}"))

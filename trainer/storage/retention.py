@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
 from typing import Self
 
 from trainer.contract.spec import CheckpointSpec
@@ -129,35 +128,29 @@ def delete_checkpoint(repository: CheckpointRepository, ref: CheckpointRef) -> b
     return True
 
 
-def sweep_orphans(
-    repository: CheckpointRepository, grace_s: float, now: datetime
-) -> list[CheckpointRef]:
-    """Delete parts that no manifest names and that nobody touched for grace_s.
+def sweep_orphans(repository: CheckpointRepository, newest: CheckpointRef) -> list[CheckpointRef]:
+    """Delete parts that no manifest names, and that none can once newest is committed.
 
-    grace_s must exceed the longest upload of a checkpoint plus the clocks' difference: a slow
-    writer's parts look the same. A commit that finds its parts gone is refused, not torn.
+    Those of an older attempt, which is stale, and of this one's earlier steps: each rank uploads
+    in order, and has uploaded newest. No clock decides; a commit that finds its parts gone is
+    refused, not torn.
     """
-    store = repository.store
-    groups: dict[CheckpointRef, list[tuple[str, datetime]]] = {}
-    whole = set()
+    store, held = repository.store, repository.held()
+    files: dict[CheckpointRef, list[str]] = {}
     for info in store.list(layout.checkpoints_prefix(repository.job_id)):
-        named = layout.parse_checkpoint(info.key)
-        if named is None:
-            continue
-        ref = CheckpointRef(job_id=named.job_id, step=named.step, attempt=named.attempt)
-        groups.setdefault(ref, []).append((info.key, info.modified))
-        if named.file == layout.MANIFEST:
-            whole.add(ref)
+        if named := layout.parse_checkpoint(info.key):
+            ref = CheckpointRef(job_id=named.job_id, step=named.step, attempt=named.attempt)
+            files.setdefault(ref, []).append(info.key)
     swept = []
-    for ref, files in groups.items():
-        newest = max(modified for _, modified in files)
-        if ref in whole or now - newest < timedelta(seconds=grace_s):
-            continue
-        if store.head(layout.manifest_key(ref.job_id, ref.step, ref.attempt)) is not None:
-            continue  # committed since the listing
-        for key, _ in files:
-            store.delete(key)
-        swept.append(ref)
+    for ref, keys in files.items():
+        dead = (ref.attempt, ref.step) < (newest.attempt, newest.step)
+        manifest = layout.manifest_key(ref.job_id, ref.step, ref.attempt)
+        # Held: its manifest may just be on its way back (delete_checkpoint). Committed since the
+        # listing: looked at once more.
+        if dead and ref not in held and manifest not in keys and store.head(manifest) is None:
+            for key in keys:
+                store.delete(key)
+            swept.append(ref)
     return swept
 
 
