@@ -36,6 +36,7 @@ from trainer.storage.repository import (
     Loaded,
     Rejected,
 )
+from trainer.storage.retention import ALWAYS_KEPT
 from trainer.storage.retry import patiently
 from trainer.versions import running_versions
 
@@ -63,13 +64,15 @@ def choose_start(
 ) -> Start:
     """Take the newest loadable checkpoint of the job, else its parent's, else nothing; claim it.
 
+    "Else" is for a job without checkpoints, or with one that is damaged; see below.
+
     Args:
         folder: for the verified copies; whatever lies there is deleted.
         host: who claims.
 
     Raises:
         CorruptCheckpointError: there is no checkpoint of the job's own, and the parent's is bad.
-        StateMisfitError: a manifest's state can't be read.
+        StateMisfitError: a manifest's state can't be read, or none of several checkpoints.
         StoreError: storage is away.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -81,6 +84,12 @@ def choose_start(
     if isinstance(found, Loaded):
         state = TrainState.from_dict(found.manifest.state)
         start = Start(0, found.ref, state, found.manifest, found.rejected)
+    elif len(found.rejected) >= ALWAYS_KEPT:
+        # No accident of one file. Training from the start would supersede, then delete, them all.
+        raise StateMisfitError(
+            f"none of {len(found.rejected)} checkpoints can be read; the newest: "
+            f"{found.rejected[0].reason}"
+        )
     elif document.start is not None:
         start = replace(_from_parent(repository, document, folder), rejected=found.rejected)
     elif document.nanochat is not None:

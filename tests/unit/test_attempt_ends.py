@@ -30,6 +30,7 @@ from trainer.distributed import World
 from trainer.events import CheckpointCommitted, CheckpointPassedOver, Evaluated, Warned
 from trainer.loop import LoopEnd
 from trainer.start import Start
+from trainer.storage.layout import manifest_key
 from trainer.storage.manifest import CheckpointRef, Part
 
 HORIZON = 12
@@ -68,6 +69,39 @@ def test_a_corrupt_checkpoint_is_passed_over_to_an_older_one_which_then_commits(
     assert newest not in current
     assert bucket.repository("JOB").verify(current[0]) == ()
     assert differing(weights, bucket.checkpoint("JOB", HORIZON)[1]) == []
+
+
+def test_where_none_of_several_checkpoints_can_be_read_nothing_is_trained_over_them(
+    bucket: Bucket,
+) -> None:
+    """As after a return to an older version, or with a disk that damages what it reads."""
+    bucket.add("JOB")
+    bucket.run("JOB", stop_at=HORIZON - 1)
+    repository = bucket.repository("JOB")
+    before = repository.current()
+    assert len(before) >= 2
+    for ref in before:
+        key = manifest_key(ref.job_id, ref.step, ref.attempt)
+        raw = repository.store.get(key)
+        repository.store.put(key, raw.replace(b'"format_version": 1', b'"format_version": 2'))
+    result, told = bucket.run("JOB")
+    assert result.outcome is Outcome.CHECKPOINT_UNUSABLE
+    assert f"none of {len(before)} checkpoints" in result.message
+    assert "format_version 2" in result.message
+    assert not told.points
+    assert repository.current() == before
+    assert [claim.attempt for claim in repository.claims()] == [1]
+
+
+def test_a_first_checkpoint_that_is_damaged_costs_its_steps_alone(bucket: Bucket) -> None:
+    bucket.add("JOB")
+    bucket.run("JOB", stop_at=2)
+    (first,) = bucket.repository("JOB").current()
+    bucket.part_file("JOB", first).write_bytes(b"short")
+    result, told = bucket.run("JOB")
+    assert result.outcome is Outcome.COMPLETED
+    assert [passed.ref for passed in told.of(CheckpointPassedOver)] == [first]
+    assert told.points[0].step == 1
 
 
 def doctored(bucket: Bucket, job_id: str, step: int, change: Any) -> None:

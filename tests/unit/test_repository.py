@@ -246,6 +246,27 @@ def test_nothing_loadable_is_a_value_and_store_trouble_is_not(
         repository.newest_loadable(unreachable)
 
 
+def test_checkpoints_that_are_pruned_while_they_are_read_are_chosen_anew(
+    repository: CheckpointRepository, tmp_path: Path
+) -> None:
+    repository.claim(None, "h")
+    save(repository, tmp_path, 10)
+    newer = iter((20, 30))
+
+    def load(ref: CheckpointRef, manifest: Manifest) -> int:
+        for step in newer:
+            save(repository, tmp_path, step)
+        prune(repository, KEEP_TWO)
+        return load_whole(repository)(ref, manifest)
+
+    with pytest.raises(StoreUnavailableError, match="pruned while read"):
+        repository.newest_loadable(load)
+    assert next(newer, None) is None
+    found = repository.newest_loadable(load)
+    assert isinstance(found, Loaded)
+    assert found.ref == ref_to(30)
+
+
 def test_a_verified_part_is_the_file_that_was_uploaded(
     repository: CheckpointRepository, tmp_path: Path
 ) -> None:

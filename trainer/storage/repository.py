@@ -35,6 +35,7 @@ from trainer.storage.object_store import (
     NotFoundError,
     ObjectStore,
     Progress,
+    StoreUnavailableError,
     write_file,
 )
 
@@ -342,7 +343,7 @@ class CheckpointRepository:
         """Load the newest current checkpoint, falling back to older ones where one is corrupt.
 
         load may raise CorruptCheckpointError; trouble with the store is not corruption and
-        passes through.
+        passes through. So does a writer that lives on and prunes what is read: look again.
         """
         rejected: list[Rejected] = []
         for ref in self.current():
@@ -351,6 +352,8 @@ class CheckpointRepository:
                 return Loaded(ref, manifest, load(ref, manifest), tuple(rejected))
             except (CorruptCheckpointError, ManifestError, NotFoundError) as error:
                 rejected.append(Rejected(ref, str(error)))
+        if not {each.ref for each in rejected} <= set(self.committed()):
+            raise StoreUnavailableError(f"checkpoints of {self.job_id} were pruned while read")
         return NothingLoadable(tuple(rejected))
 
     def _put_once(self, key: str, data: bytes) -> None:
