@@ -269,6 +269,8 @@ def _with_changes(parent: Parent, spec: JobSpec, binding: DataBinding) -> Fork:
         )
     elif parent.document is not None and parent.document.binding is not None:
         theirs, old = parent.document.binding, JobSpec.parse(parent.document.spec)
+        if told := _unseen_changes(old, spec):
+            changes.append(f"not as in the parent: {told}")
         if not _same_rows(parent.document, spec, binding):
             changes.append(
                 "data: not the parent's rows: training begins at the first of the new ones"
@@ -281,6 +283,18 @@ def _with_changes(parent: Parent, spec: JobSpec, binding: DataBinding) -> Fork:
             )
     fork = parent.fork
     return Fork(fork.name, fork.step, fork.in_force, fork.claimed, tuple(changes))
+
+
+def _unseen_changes(old: JobSpec, new: JobSpec) -> str:
+    """What bears on weights or figures and stands in no rate or size of the plan, in words."""
+    pairs = [
+        (path, attrgetter(path)(old), attrgetter(path)(new))
+        for path in (
+            "optimizer.grad_clip_norm", "precision.compute", "precision.embeddings", "compile",
+            "deterministic", "evaluate.every", "evaluate.tokens",
+        )
+    ]  # fmt: skip
+    return ", ".join(f"{path} {was} -> {now}" for path, was, now in pairs if was != now)
 
 
 def _check_fit(spec: JobSpec, vocab_size: int, theirs: ModelShape) -> list[Violation]:

@@ -34,6 +34,8 @@ def show_plan(console: Console, plan: pb.Plan, *, compact: bool = False) -> None
         _line(console, "workers", _workers(plan))
     _line(console, "steps", _steps(plan))
     if not compact:
+        _line(console, "data", _data(plan.spec))
+        _line(console, "precision", _precision(plan.spec))
         _line(console, "checkpoint", _checkpoint(plan))
     if plan.memory.parts:
         _line(console, "memory", _memory(plan.memory))
@@ -145,6 +147,27 @@ def _steps(plan: pb.Plan) -> str:
     name = plan.start_name or (output.ref_name(plan.start) if plan.HasField("start") else "")
     begin = f" from {name}" if name else ""
     return f"{plan.steps:,} steps{begin} to the horizon {horizon:,}, {plan.tokens:,} tokens"
+
+
+def _data(spec: pb.JobSpec) -> str:
+    data, every = spec.data, spec.evaluate.every
+    when = f"every {every:,} steps and at the end" if every else "at the end"
+    return output.one_line(
+        f"{data.source}, tokenizer {data.tokenizer}; validation shard {data.validation}, "
+        f"{spec.evaluate.tokens:,} tokens {when}"
+    )
+
+
+def _precision(spec: pb.JobSpec) -> str:
+    compute = pb.Compute.Name(spec.precision.compute).removeprefix("COMPUTE_").lower()
+    tables = pb.Embeddings.Name(spec.precision.embeddings).removeprefix("EMBEDDINGS_").lower()
+    clip = spec.optimizer
+    clipped = f"at norm {clip.grad_clip_norm:g}" if clip.HasField("grad_clip_norm") else "nowhere"
+    order = "deterministic" if spec.deterministic else "not deterministic"
+    return (
+        f"{compute}, tables {compute if tables == 'compute' else tables}, {order}; "
+        f"gradients clipped {clipped}"
+    )
 
 
 def _checkpoint(plan: pb.Plan) -> str:

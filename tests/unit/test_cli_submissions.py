@@ -84,6 +84,9 @@ def test_plan_shows_sizes_batches_and_rates(
         "4 micro-batches x 8 rows",
         "100 steps to the horizon 200, 6,553,600 tokens",
         "1.97 MB; a crash costs at most 20 steps",
+        "s3://corpus/climbmix, tokenizer s3://corpus/tokenizer; validation shard last, "
+        "41,943,040 tokens every 250 steps and at the end",
+        "bf16, tables bf16, deterministic; gradients clipped nowhere",
         "warning: smear is far above",
     ):
         assert words in said

@@ -121,6 +121,29 @@ async def test_a_card_that_jobs_ran_on_is_planned_for(plane: ControlPlane) -> No
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"schedule": {"num_iterations": 300}}, []),
+        (
+            {"optimizer": {"grad_clip_norm": 1.0}, "precision": {"embeddings": "fp32"}},
+            [
+                "not as in the parent: optimizer.grad_clip_norm None -> 1.0, "
+                "precision.embeddings compute -> fp32"
+            ],
+        ),
+        ({"evaluate": {"every": 7}}, ["not as in the parent: evaluate.every 0 -> 7"]),
+    ],
+)
+async def test_what_a_continuation_changes_beside_its_rates_is_said(
+    plane: ControlPlane, changes: dict[str, Any], words: list[str]
+) -> None:
+    parent = await submit(plane)
+    checkpoint(plane, parent, 5)
+    made = await planned(plane, True, start={"from": f"{parent.id}@5"}, **changes)
+    assert [text for text in made.plan.warnings if text.startswith("not as in")] == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
         ({}, []),
         ({"optimizer": {"scalar_lr": 0.01}}, []),
         ({"data": {"order_seed": 5}}, ["data"]),
