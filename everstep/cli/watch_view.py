@@ -61,8 +61,8 @@ class PlainView(View):
 
     def show(self, record: pb.WatchJobResponse) -> None:
         """Print it, or hold a point back until it is due."""
+        self._pace.add(record)
         if record.HasField("point"):
-            self._pace.add(record.point)
             self._held = record
             if time.monotonic() - self._last_line >= LINE_EVERY_S:
                 self._print_point()
@@ -108,8 +108,8 @@ class LiveView(View):
 
     def show(self, record: pb.WatchJobResponse) -> None:
         """Move the bar, or print above it."""
+        self._pace.add(record)
         if record.HasField("point"):
-            self._pace.add(record.point)
             facts = self._pace.facts(record.point)
             self._progress.update(self._task, completed=record.point.step, facts=facts)
             return
@@ -127,12 +127,19 @@ class Pace:
     def __init__(self, job: pb.Job) -> None:
         self._horizon = job.spec.schedule.num_iterations
         self._step_s: float | None = None
+        self._step = 0
+        self._steps_s = self._validation_s = 0.0
 
-    def add(self, point: pb.MetricPoint) -> None:
-        """Every point counts for the time a step takes."""
-        old = self._step_s
-        new = point.step_s
+    def add(self, record: pb.WatchJobResponse) -> None:
+        """Every point counts for the time a step takes, and validation for what comes on top."""
+        self._validation_s += record.event.evaluation_s
+        if not record.HasField("point"):
+            return
+        old, new = self._step_s, record.point.step_s
         self._step_s = new if old is None else old + STEP_SMOOTHING * (new - old)
+        passed = record.point.step - self._step if self._step else 1  # old points lie thinner
+        self._steps_s += max(passed, 1) * new
+        self._step = record.point.step
 
     def facts(self, point: pb.MetricPoint) -> str:
         """Loss, speed, the matrices' rate, and what is left."""
@@ -144,7 +151,8 @@ class Pace:
             facts.append(f"matrices' rate {output.rate(group.learning_rate)}")
         left = self._horizon - point.step
         if left > 0 and self._step_s:
-            facts.append(f"{output.duration(left * self._step_s)} left")
+            stretch = 1 + self._validation_s / self._steps_s
+            facts.append(f"{output.duration(left * self._step_s * stretch)} left")
         return "  ".join(facts)
 
 

@@ -20,7 +20,7 @@ from everstep import client as client_module
 from everstep import patience
 from everstep.cli import output
 from everstep.cli.__main__ import run
-from everstep.cli.watch_view import LiveView
+from everstep.cli.watch_view import LiveView, Pace
 from everstep.specs import spec_to_proto
 from everstep.v1 import everstep_pb2 as pb
 from tests.fakes.training_service import Failure, FakeTrainingService
@@ -328,6 +328,28 @@ def test_a_reader_who_has_seen_enough_is_no_job_that_failed(service: FakeTrainin
     done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, check=False)
     os.close(theirs)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_locale_without_the_letters_loses_them_alone(service: FakeTrainingService) -> None:
+    service.script(GetJob=[pb.GetJobResponse(job=job(reason="caf\u00e9"))])
+    command = [sys.executable, "-m", "everstep.cli", "get", "JOB1"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"RUNNING  caf?" in done.stdout
+    assert run(["get", "JOB\udcff"]) == 2
+
+
+def test_the_time_left_in_a_watch_counts_validation() -> None:
+    pace = Pace(job())
+    for step in range(1, 101):
+        pace.add(pb.WatchJobResponse(point=pb.MetricPoint(step=step, step_s=2.0)))
+    last = pb.MetricPoint(step=100, step_s=2.0)
+    assert "3 min 20 s left" in pace.facts(last)
+    pace.add(event(1, "EVALUATED", evaluation_s=170.0))
+    assert "6 min 10 s left" in pace.facts(last)
+    pace.add(pb.WatchJobResponse(point=pb.MetricPoint(step=170, step_s=2.0)))  # thinned before it
+    assert "1 min 30 s left" in pace.facts(pb.MetricPoint(step=170, step_s=2.0))
 
 
 def test_update_sends_what_was_given_and_nothing_else(
