@@ -8,6 +8,7 @@ Invariant: what went wrong is said on stderr in words, never as a stack trace.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ STATUSES: list[tuple[type[Exception], int]] = [
     (errors.InvalidRequestError, USAGE),
     (SpecError, USAGE),
     (SpecTextError, USAGE),
+    (UnicodeError, USAGE),  # a word of the command line that is no text
     (errors.RefusedError, REFUSED),
     (errors.NotFoundError, REFUSED),
     (errors.EverstepError, UNREACHABLE),  # away, late, or at fault: it can't be used now
@@ -103,6 +105,9 @@ def _lines(error: SpecError) -> str:
 
 def main() -> None:
     """`everstep` and `python -m everstep.cli`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the locale has no letters for
+            stream.reconfigure(errors="replace")
     sys.exit(run())
 
 
