@@ -215,7 +215,8 @@ class Loop:
         if last or (spec.evaluate.every and state.step % spec.evaluate.every == 0):
             began = time.monotonic()
             bpb, evaluation_set = self._parts.evaluate()
-            state.validation_bpb = bpb
+            # A manifest takes no other; of bad weights the next step's loss tells.
+            state.validation_bpb = bpb if math.isfinite(bpb) else None
             took_s = time.monotonic() - began
             self._parts.reporter.event(Evaluated(state.step, bpb, evaluation_set, took_s))
         due = spec.sample.every and state.step % spec.sample.every == 0

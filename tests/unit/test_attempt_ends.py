@@ -23,10 +23,12 @@ from tests.fakes.attempts import (
 from tests.fakes.corpus import write_corpus
 from tests.fakes.reporter import RecordingReporter
 from tests.unit.test_writer import Bench
+from trainer import assembly
 from trainer.attempt import _ended
 from trainer.checkpoint.train_state import TrainState
 from trainer.contract.outcome import Outcome
 from trainer.distributed import World
+from trainer.evaluate import EvaluationSums
 from trainer.events import CheckpointCommitted, CheckpointPassedOver, Evaluated, Warned
 from trainer.loop import LoopEnd
 from trainer.start import Start
@@ -133,6 +135,18 @@ def test_a_loss_that_is_not_finite_ends_the_attempt_without_an_update(
     assert result.message.endswith("the last good checkpoint is JOB@4")
     assert not told.points
     assert bucket.repository("JOB").current() == before
+
+
+def test_a_validation_without_a_finite_figure_costs_no_checkpoint(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "evaluate", lambda *_: EvaluationSums(math.nan, 1))
+    bucket.add("JOB")
+    result, told = bucket.run("JOB")
+    (measured,) = told.of(Evaluated)
+    assert math.isnan(measured.bits_per_byte)
+    assert (result.outcome, result.checkpoint_step) == (Outcome.COMPLETED, HORIZON)
+    assert bucket.checkpoint("JOB", HORIZON)[0].validation_bpb is None
 
 
 def test_a_checkpoint_of_another_model_is_unusable(bucket: Bucket) -> None:
