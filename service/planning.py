@@ -245,6 +245,7 @@ def _same_rows(parent: JobDocument, spec: JobSpec, binding: DataBinding) -> bool
     return (
         parent.binding is not None
         and parent.binding.data_sha256 == binding.data_sha256
+        and parent.binding.tokenizer.sha256 == binding.tokenizer.sha256
         and theirs == (spec.data.order_seed, spec.model.max_seq_len)
     )
 

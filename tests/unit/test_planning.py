@@ -165,6 +165,23 @@ async def test_other_data_or_another_evaluation_set_is_said(
     assert [text.partition(":")[0] for text in said] == words
 
 
+async def test_another_tokenizer_of_the_same_size_is_other_data(
+    plane: ControlPlane, tmp_path: Path
+) -> None:
+    parent = await submit(plane)
+    checkpoint(plane, parent, 5)
+    size = (await planned(plane)).binding.tokenizer.vocab_size
+    letters = "abcdefghijklmnop"
+    text = " ".join(letters[a] + letters[b] + letters[a - b] for a in range(16) for b in range(16))
+    made = train_tokenizer([text], size)
+    assert made.vocab_size == size
+    write_tokenizer_files(made, open_store(f"file:{tmp_path}"))
+    change = {"tokenizer": f"file:{tmp_path}"}
+    found = await planned(plane, True, start={"from": f"{parent.id}@5"}, data=change)
+    said = [text.partition(":")[0] for text in found.plan.warnings]
+    assert {"data", "evaluation set"} <= set(said)
+
+
 async def test_a_tokenizer_whose_size_does_not_fit_the_weights_is_refused(
     plane: ControlPlane, tmp_path: Path
 ) -> None:
