@@ -31,7 +31,7 @@ from trainer.storage.binding import (
     read_bound_tokenizer,
     read_footers,
 )
-from trainer.storage.object_store import LocalObjectStore
+from trainer.storage.object_store import LocalObjectStore, StoreUnavailableError
 from trainer.storage.tokenizer_files import TokenizerFiles
 
 SHARDS = [[["one", "two"], ["three"]], [["four"]], [["five"]]]
@@ -229,5 +229,8 @@ def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataChangedError, match="has changed"):
         read_bound_tokenizer(other)
     gone = binding.tokenizer.model_copy(update={"uri": f"file:{tmp_path}"})
+    with pytest.raises(StoreUnavailableError, match="mounted"):
+        read_bound_tokenizer(gone)
+    (tmp_path / "another").touch()
     with pytest.raises(DataChangedError, match="neither"):
         read_bound_tokenizer(gone)

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from trainer.data.loader import Loader, Prefetcher
 from trainer.data.shards import ShardReader
 from trainer.failures import outcome_of
 from trainer.storage import retry
-from trainer.storage.binding import DataBinding
-from trainer.storage.object_store import StoreRefusedError, StoreUnavailableError
+from trainer.storage.binding import DataBinding, DataChangedError
+from trainer.storage.object_store import StoreRefusedError, StoreUnavailableError, open_store
 
 LINE = "The quick brown fox jumps over the lazy dog, again and again. "
 SHARDS = [[["one", "two"]], [["three"]], [["four"]]]
@@ -170,3 +171,26 @@ def test_a_shard_that_another_process_evicts_is_fetched_again(bench: Bench, afte
     assert reader.evictions == 1
     assert bench.store.calls == ["get_file shard_0.parquet"] * 2
     reader.close()
+
+
+def test_a_disk_that_is_not_mounted_yet_is_waited_for(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a box has started anew: a folder without anything is no data that changed."""
+    folder, away = tmp_path / "data", tmp_path / "away"
+    folder.rename(away)
+    folder.mkdir()
+    reader = ShardReader(bench.binding, open_store(bench.binding.source), bench.cache)
+    shard = bench.binding.shards[0]
+    with caplog.at_level("WARNING"), ThreadPoolExecutor(1) as pool:
+        read = pool.submit(reader.texts, shard, 0)
+        while not caplog.records and not read.done():
+            time.sleep(0.001)
+        folder.rmdir()
+        away.rename(folder)
+        assert read.result() == SHARDS[0][0]
+    assert "is its disk mounted?" in caplog.text
+    reader.close()
+    (folder / shard.name).unlink()
+    with pytest.raises(DataChangedError, match="vanished"):
+        ShardReader(bench.binding, open_store(bench.binding.source), bench.cache).texts(shard, 0)

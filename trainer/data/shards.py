@@ -39,6 +39,7 @@ from trainer.storage.object_store import (
     ObjectStore,
     StoreUnavailableError,
     local_errors,
+    require_mounted,
     write_file,
 )
 from trainer.storage.retry import patiently
@@ -137,6 +138,7 @@ class ShardReader:
         if isinstance(self._store, LocalObjectStore):
             path = self._store.path_of(shard.name)
             if not path.is_file():
+                require_mounted(self._store)
                 raise DataChangedError(f"{self.binding.source}: {shard.name} has vanished")
             self._verify(shard, path)
             return path

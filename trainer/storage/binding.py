@@ -23,6 +23,7 @@ from trainer.storage.object_store import (
     StoreRefusedError,
     StoreUriError,
     open_store,
+    require_mounted,
 )
 from trainer.storage.tokenizer_files import (
     TokenizerError,
@@ -156,9 +157,11 @@ def bind_tokenizer(uri: str, opener: OpenStore = open_store) -> TokenizerRef:
 
 def read_bound_tokenizer(ref: TokenizerRef, opener: OpenStore = open_store) -> TokenizerFiles:
     """The bound tokenizer's content; DataChangedError if it is not the one that was bound."""
+    store = opener(ref.uri)
     try:
-        _, files = read_tokenizer_files(opener(ref.uri))
+        _, files = read_tokenizer_files(store)
     except (NotFoundError, TokenizerError) as error:
+        require_mounted(store)
         raise DataChangedError(f"tokenizer {ref.uri}: {error}") from error
     if files.sha256 != ref.sha256:
         raise DataChangedError(

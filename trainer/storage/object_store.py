@@ -261,6 +261,12 @@ class LocalObjectStore:
                 return
 
 
+def require_mounted(store: ObjectStore) -> None:
+    """Raise StoreUnavailableError where a folder is missing or empty: its disk is not there yet."""
+    if isinstance(store, LocalObjectStore) and next(iter(store.list("")), None) is None:
+        raise StoreUnavailableError(f"{store.uri} is missing or empty; is its disk mounted?")
+
+
 def write_file(path: Path, chunks: Iterator[bytes]) -> None:
     """Write a local file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
