@@ -74,6 +74,8 @@ def read_spec(text: str, name: str) -> dict[str, Any]:
     Raises:
         SpecTextError: not YAML, or not a mapping of fields.
     """
+    if text.lstrip().startswith("{"):  # JSON may be indented by tabs, which YAML refuses
+        text = text.replace("\t", " ")
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

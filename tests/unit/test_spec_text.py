@@ -77,3 +77,9 @@ def test_settings_go_as_deep_as_the_spec() -> None:
         "resources": {"workers": {"max": 4, "min": 2}, "gpus_per_worker": 0},
         "name": "a",
     }
+
+
+def test_json_may_be_indented_by_tabs() -> None:
+    assert read_spec('{\n\t"model": {\n\t\t"depth":\t12\n\t}\n}\n', "x") == {"model": {"depth": 12}}
+    with pytest.raises(SpecTextError):
+        read_spec("model:\n\tdepth: 12\n", "x")
