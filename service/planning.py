@@ -145,7 +145,8 @@ class Planner:
         # What the database doesn't know may still be in the bucket.
         spec = parent.spec.to_dict() if parent else (await self._document(name)).spec
         inherited = {k: v for k, v in spec.items() if k != "start"}
-        return JobSpec.parse(merged(inherited, data))
+        asked_anew = {"guards": {"allow_lr_jump": False}}  # whoever allowed the parent's meant that
+        return JobSpec.parse(merged(merged(inherited, asked_anew), data))
 
     async def _parent(self, spec: JobSpec) -> Parent | None:
         name = spec.start.from_

@@ -182,6 +182,16 @@ async def test_another_tokenizer_of_the_same_size_is_other_data(
     assert {"data", "evaluation set"} <= set(said)
 
 
+async def test_who_allowed_a_jump_once_allowed_no_other(plane: ControlPlane) -> None:
+    parent = await submit(plane, guards={"allow_lr_jump": True, "max_lr_jump": 3.0})
+    checkpoint(plane, parent, 5)
+    hot = {"start": {"from": f"{parent.id}@5"}, "optimizer": {"matrix_lr": 10.0}}
+    made = await planned(plane, True, **hot)
+    assert made.plan.jumps
+    assert made.spec.guards.max_lr_jump == 3.0
+    assert not (await planned(plane, True, **hot, guards={"allow_lr_jump": True})).plan.jumps
+
+
 async def test_a_tokenizer_whose_size_does_not_fit_the_weights_is_refused(
     plane: ControlPlane, tmp_path: Path
 ) -> None:
