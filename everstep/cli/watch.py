@@ -11,7 +11,7 @@ from everstep.cli.options import INT64_MAX, json_option, whole
 from everstep.cli.output import console, fail, note, state_name, write_json
 from everstep.cli.watch_view import LiveView, PlainView, View
 from everstep.client import FINAL_STATES, Client
-from everstep.errors import EverstepError
+from everstep.errors import EverstepError, RefusedError, ServiceUnreachableError
 from everstep.v1 import everstep_pb2 as pb
 
 JOB_FAILED = 1
@@ -39,7 +39,7 @@ def follow(client: Client, job_id: str, cursor: int = 0, output: str = "text") -
             for record in client.watch(job_id, cursor):
                 cursor = record.cursor
                 view.show(record)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ServiceUnreachableError, RefusedError):  # no end of the job
         note(f"the job goes on; to come back: everstep watch {job_id} --cursor {cursor}")
         raise
     job = client.get(job_id)

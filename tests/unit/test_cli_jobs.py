@@ -192,6 +192,20 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(
     assert "CancelJob" not in service.requests
 
 
+def test_a_watch_that_is_cut_off_says_how_to_come_back(
+    service: FakeTrainingService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [event(7, "WARNING", message="slow")]
+    revoked = Failure(grpc.StatusCode.UNAUTHENTICATED, "no such token", after=said)
+    service.script(
+        SubmitJob=[pb.SubmitJobResponse(job=job())],
+        GetJob=[pb.GetJobResponse(job=job())],
+        WatchJob=[revoked],
+    )
+    assert run(["submit", "--wait", "-o", "json"]) == 4
+    assert "everstep watch JOB1 --cursor 7" in capsys.readouterr().err
+
+
 def test_a_terminal_gets_a_bar_with_events_above_it() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, markup=False)
