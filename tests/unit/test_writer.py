@@ -239,6 +239,22 @@ def test_the_newest_checkpoint_is_on_disk_while_the_store_is_away(bench: Bench) 
     wait_until(lambda: bench.on_disk() == [5, 4])  # the older ones go a moment later
 
 
+def test_a_disk_that_fills_up_keeps_the_newest_checkpoint_that_is_whole(bench: Bench) -> None:
+    bench.store.away = True
+    bench.save(1)
+    bench.reporter.wait_for(lambda: len(bench.reporter.events) == 1)
+    for step in (2, 3, 4):
+        full = bench.scratch / "JOB" / f"{step}-1" / "part-00000-00000.safetensors"
+        full.parent.mkdir(parents=True)
+        full.symlink_to("/dev/full")
+        bench.save(step)
+        begun = f"checkpoint at step {step}: "
+        bench.reporter.wait_for(lambda begun=begun: begun in " ".join(bench.warnings()))
+    assert sum("No space left" in words for words in bench.warnings()) == 3
+    spool = Spool(bench.scratch, "JOB")
+    assert [ref.step for ref in spool.refs() if spool.shares(ref)] == [1]
+
+
 def test_what_only_the_disk_has_is_stored_by_the_next_attempt_on_this_box(
     bench: Bench,
 ) -> None:

@@ -98,6 +98,10 @@ class Spool:
             if ref.step <= upto or (number >= KEPT and ref.step not in wanted):
                 shutil.rmtree(self.folder(ref), ignore_errors=True)
 
+    def discard(self, ref: CheckpointRef) -> None:
+        """Delete one that is not whole: it takes room, and counts among those that are kept."""
+        shutil.rmtree(self.folder(ref), ignore_errors=True)
+
     def tidy(self) -> None:
         """Leave no empty folder behind, once nobody writes here."""
         with contextlib.suppress(OSError):

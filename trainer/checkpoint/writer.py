@@ -191,6 +191,8 @@ class CheckpointWriter:
                     self._wanted.remove(step)
                     self._lost.add(step)
                 self._changed.notify_all()
+            if share is None:
+                self._spool.discard(self._ref(step))
             self._spool.drop(self._safe, self._kept)
 
     def _store_all(self) -> None:
