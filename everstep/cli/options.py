@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from everstep.nanochat_flags import DATA_FOLDERS, data_fields, translate
 from everstep.spec_text import read_setting, read_spec
@@ -113,7 +114,11 @@ def asked(
         data, notes = made.spec, made.notes
     elif spec is not None:
         data = _read(spec)
-    if nanochat_dir is not None:
+    # A nanochat checkpoint has no spec of ours to inherit.
+    inherit = start is not None and not start.startswith(NANOCHAT_CHECKPOINT)
+    # A continuation keeps its parent's data, whatever the environment is set to for nanochat.
+    source = click.get_current_context().get_parameter_source("nanochat_dir")
+    if nanochat_dir is not None and not (inherit and source is ParameterSource.ENVIRONMENT):
         data = merged({"data": data_fields(str(base), data_folder(nanochat_dir))}, data)
     if name is not None:
         data = merged(data, {"name": name})
@@ -121,8 +126,6 @@ def asked(
         if nanochat is not None and "start" in data:
             raise click.UsageError("give --from or --resume-from-step, not both")
         data = merged(data, {"start": {"from": start}})
-    # A nanochat checkpoint has no spec of ours to inherit.
-    inherit = start is not None and not start.startswith(NANOCHAT_CHECKPOINT)
     if inherit and nanochat is not None:
         notes = [
             *notes,

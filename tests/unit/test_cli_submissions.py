@@ -233,6 +233,19 @@ def test_nanochat_flags_with_its_base_folder(
     assert sent(service).data.tokenizer == "builtin:x"
 
 
+def test_a_continuation_keeps_its_data_whatever_nanochats_variable_says(
+    service: FakeTrainingService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(service, plan())
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert run(["plan", "--from", f"{PARENT}@16"]) == 0
+    assert not sent(service).HasField("data")
+    assert run(["plan", "--from", f"{PARENT}@16", "--nanochat-dir", str(tmp_path)]) == 0
+    assert sent(service).data.source == f"file:{tmp_path}/base_data_climbmix"
+    assert run(["plan"]) == 0
+    assert sent(service).data.source == f"file:{tmp_path}/base_data_climbmix"
+
+
 def test_a_nanochat_checkpoint_has_no_spec_to_inherit(service: FakeTrainingService) -> None:
     scripted(service, plan())
     assert run(["plan", "--from", "nanochat:/nc/base_checkpoints/d12@16"]) == 0
