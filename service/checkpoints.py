@@ -18,7 +18,6 @@ from service.errors import (
 )
 from trainer.storage import layout
 from trainer.storage.manifest import CheckpointRef
-from trainer.storage.object_store import NotFoundError
 from trainer.storage.repository import CheckpointRepository, select_current
 from trainer.storage.retention import ALWAYS_KEPT, delete_checkpoint
 
@@ -81,24 +80,8 @@ def delete(repository: CheckpointRepository, step: int | None) -> None:
     for each in doomed:
         _check_needed(repository, each)
     for each in doomed:
-        _delete(repository, each)
-
-
-def _delete(repository: CheckpointRepository, ref: CheckpointRef) -> None:
-    key = layout.manifest_key(ref.job_id, ref.step, ref.attempt)
-    try:
-        manifest = repository.store.get(key)
-    except NotFoundError:
-        return  # somebody else deletes it
-    repository.store.delete(key)
-    try:
-        # A hold or a claim may have come since the first look. Who comes from now on finds no
-        # manifest, and passes over it.
-        _check_needed(repository, ref)
-    except CheckpointNeededError:
-        repository.store.put(key, manifest)
-        raise
-    delete_checkpoint(repository, ref)
+        if not delete_checkpoint(repository, each):
+            _check_needed(repository, each)  # since the first look: says by whom
 
 
 def _check_needed(repository: CheckpointRepository, ref: CheckpointRef) -> None:

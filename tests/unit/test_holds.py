@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from tests.fakes.checkpoints import JOB, ref_to, save
 from tests.fakes.memory_store import MemoryObjectStore
 from trainer.storage import layout
-from trainer.storage.manifest import CheckpointRef
 from trainer.storage.object_store import NotFoundError
 from trainer.storage.repository import CheckpointRepository
 from trainer.storage.retention import Retention, prune
@@ -57,26 +57,37 @@ def test_what_was_pruned_can_not_be_held(repository: CheckpointRepository) -> No
 
 
 class TakenUp(MemoryObjectStore):
-    """Another job holds a checkpoint once pruning has looked for holds."""
+    """Somebody takes a checkpoint up once pruning has looked who needs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, take: Callable[[CheckpointRepository], object]) -> None:
         super().__init__()
-        self.taken: CheckpointRef | None = None
+        self.fired = False
+        self._take = take
 
     def delete(self, key: str) -> None:
-        if self.taken is None and key == layout.manifest_key(JOB, 10, 1):
-            self.taken = ref_to(10)
-            CheckpointRepository(self, JOB).hold(self.taken, "child")
+        if not self.fired and key == layout.manifest_key(JOB, 10, 1):
+            self.fired = True
+            self._take(CheckpointRepository(self, JOB))
         super().delete(key)
 
 
-def test_who_takes_a_checkpoint_up_while_it_is_pruned_wins(tmp_path: Path) -> None:
-    store = TakenUp()
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda repository: repository.hold(ref_to(10), "child"),
+        lambda repository: repository.claim(ref_to(10), "another host"),
+    ],
+    ids=["a job", "an attempt"],
+)
+def test_who_takes_a_checkpoint_up_while_it_is_pruned_wins(
+    tmp_path: Path, take: Callable[[CheckpointRepository], object]
+) -> None:
+    store = TakenUp(take)
     repository = CheckpointRepository(store, JOB)
     repository.claim(None, "host")
     for step in (10, 20, 30, 40):
         save(repository, tmp_path, step)
     assert prune(repository, KEEP_TWO).refs == (ref_to(20),)
-    assert store.taken == ref_to(10)
-    assert steps(repository) == [40, 30, 10]
+    assert store.fired
+    assert steps(repository)[-1] == 10
     assert repository.verify(ref_to(10)) == ()

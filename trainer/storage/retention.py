@@ -109,8 +109,8 @@ def prune(
 def delete_checkpoint(repository: CheckpointRepository, ref: CheckpointRef) -> bool:
     """Delete one checkpoint, manifest first; who may be deleted is the caller's decision.
 
-    False where another job took hold of it meanwhile: then it stays. Who does so from the
-    manifest's deletion on finds none, and takes the hold back.
+    False where a job took hold of it, or an attempt claimed it as its start, meanwhile: then it
+    stays. Who comes after the manifest's deletion finds none, and passes over it.
     """
     store = repository.store
     key = layout.manifest_key(ref.job_id, ref.step, ref.attempt)
@@ -120,7 +120,8 @@ def delete_checkpoint(repository: CheckpointRepository, ref: CheckpointRef) -> b
         manifest = None  # a deletion that broke off
     store.delete(key)
     files = [i.key for i in store.list(layout.checkpoint_prefix(ref.job_id, ref.step, ref.attempt))]
-    if manifest is not None and any(map(layout.parse_hold, files)):
+    claimed = ref in [claim.start for claim in repository.claims()[-1:]]
+    if manifest is not None and (claimed or any(map(layout.parse_hold, files))):
         store.put(key, manifest)
         return False
     for file in files:
