@@ -63,10 +63,8 @@ class Comparison:
 
     async def _on_common_steps(self, curves: list[pb.Curve]) -> None:
         """Losses on steps of the range that all have, if there is one; else they stay."""
-        if not all(curve.loss_steps for curve in curves):
-            return
-        first = max(curve.loss_steps[0] for curve in curves)
-        last = min(curve.loss_steps[-1] for curve in curves)
+        first = max((*curve.loss_steps, 1 << 40)[0] for curve in curves)  # none: beyond any last
+        last = min((0, *curve.loss_steps)[-1] for curve in curves)
         stride = 2 ** math.ceil(math.log2(max((last - first) / CURVE_POINTS, 1)))
         losses = []
         for curve in curves if first <= last else ():

@@ -161,12 +161,11 @@ def _data(spec: pb.JobSpec) -> str:
 def _precision(spec: pb.JobSpec) -> str:
     compute = pb.Compute.Name(spec.precision.compute).removeprefix("COMPUTE_").lower()
     tables = pb.Embeddings.Name(spec.precision.embeddings).removeprefix("EMBEDDINGS_").lower()
-    clip = spec.optimizer
-    clipped = f"at norm {clip.grad_clip_norm:g}" if clip.HasField("grad_clip_norm") else "nowhere"
-    order = "deterministic" if spec.deterministic else "not deterministic"
+    norm = spec.optimizer.grad_clip_norm  # 0: none is given, and none can be
     return (
-        f"{compute}, tables {compute if tables == 'compute' else tables}, {order}; "
-        f"gradients clipped {clipped}"
+        f"{compute}, tables {compute if tables == 'compute' else tables}, "
+        f"{'' if spec.deterministic else 'not '}deterministic; "
+        f"gradients clipped {f'at norm {norm:g}' if norm else 'nowhere'}"
     )
 
 

@@ -142,10 +142,8 @@ def _straight_line(spec: JobSpec) -> str | None:
 def _validation(spec: JobSpec, start_step: int) -> str | None:
     every, tokens = spec.evaluate.every, spec.evaluate_rows * spec.model.max_seq_len
     trained = every * spec.batch.total_batch_size
-    if not 0 < every <= spec.schedule.num_iterations - start_step:
-        return None  # at the end alone
-    share = FORWARD_SHARE * tokens / trained
-    if share < MUCH_VALIDATION:
+    often = 0 < every <= spec.schedule.num_iterations - start_step  # not at the end alone
+    if not often or (share := FORWARD_SHARE * tokens / trained) < MUCH_VALIDATION:
         return None
     return (
         f"validation adds about {share:.0%} to the time that training takes: {tokens:,} tokens "
