@@ -121,7 +121,8 @@ class Planner:
     ) -> tuple[JobSpec, DataBinding, NanochatSummary]:
         """The spec of the job that ends with nanochat's checkpoint, and what it refers to.
 
-        Model and batch are the checkpoint's; what data says otherwise of the model is refused.
+        Model and batch are the checkpoint's; what data says otherwise of them is refused, but for
+        device_batch_size, which is its machine's.
 
         Raises:
             SpecError: with every violation found.
@@ -130,7 +131,11 @@ class Planner:
         told = {"start": {"from": source}, "schedule": {"num_iterations": summary.start.step}}
         spec = JobSpec.parse(merged(merged(summary.spec, data), told))
         binding = await self._storage.bind(spec.data)
-        if found := _check_fit(spec, binding.tokenizer.vocab_size, summary.shape):
+        found = _check_fit(spec, binding.tokenizer.vocab_size, summary.shape)
+        asked = spec.batch.total_batch_size
+        if asked != (theirs := summary.spec["batch"].get("total_batch_size", asked)):
+            found.append(Violation("batch.total_batch_size", asked, f"{source} has {theirs}"))
+        if found:
             raise SpecError(found)
         return spec, binding, summary
 
@@ -271,8 +276,7 @@ def _with_changes(parent: Parent, spec: JobSpec, binding: DataBinding) -> Fork:
         )
     elif parent.document is not None and parent.document.binding is not None:
         theirs, old = parent.document.binding, JobSpec.parse(parent.document.spec)
-        if told := _unseen_changes(old, spec):
-            changes.append(f"not as in the parent: {told}")
+        changes += _unseen_changes(old, spec)
         if not _same_rows(parent.document, spec, binding):
             changes.append(
                 "data: not the parent's rows: training begins at the first of the new ones"
@@ -287,7 +291,7 @@ def _with_changes(parent: Parent, spec: JobSpec, binding: DataBinding) -> Fork:
     return Fork(fork.name, fork.step, fork.in_force, fork.claimed, tuple(changes))
 
 
-def _unseen_changes(old: JobSpec, new: JobSpec) -> str:
+def _unseen_changes(old: JobSpec, new: JobSpec) -> list[str]:
     """What bears on weights or figures and stands in no rate or size of the plan, in words."""
     pairs = [
         (path, attrgetter(path)(old), attrgetter(path)(new))
@@ -296,7 +300,8 @@ def _unseen_changes(old: JobSpec, new: JobSpec) -> str:
             "deterministic", "evaluate.every", "evaluate.tokens",
         )
     ]  # fmt: skip
-    return ", ".join(f"{path} {was} -> {now}" for path, was, now in pairs if was != now)
+    told = ", ".join(f"{path} {was} -> {now}" for path, was, now in pairs if was != now)
+    return [f"not as in the parent: {told}"] if told else []
 
 
 def _check_fit(spec: JobSpec, vocab_size: int, theirs: ModelShape) -> list[Violation]:

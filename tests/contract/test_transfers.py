@@ -211,6 +211,7 @@ async def test_what_can_not_be_imported_makes_no_job(api: Api, tmp_path: Path) -
         (f"{source}@15", {}, "start.from"),
         (f"{JOB}@4", {}, "start.from"),
         (f"nanochat:{source}@15", {"model": {"depth": 8}}, "gives n_layer 8"),
+        (f"nanochat:{source}@15", {"batch": {"total_batch_size": 512}}, "@15 has 2048"),
         (f"nanochat:{source}@15", {"data": {"source": f"file:{tmp_path}"}}, "data.source"),
     ]
     for name, sections, words in cases:
