@@ -291,7 +291,8 @@ def _start(
     assert start is not None, "rank 0 has chosen"
     if world.local_rank == 0:
         spool.drop(MAX_STEP)  # of attempts that this one follows
-        sweep(Path(context.cache_dir) / "spool", context.job_id, time.time())
+        for left in (copies.parent, Path(context.cache_dir) / "spool"):
+            sweep(left, context.job_id, time.time())
     world.meet()  # before anybody writes there
     return start
 

@@ -106,6 +106,21 @@ def test_a_first_checkpoint_that_is_damaged_costs_its_steps_alone(bucket: Bucket
     assert told.points[0].step == 1
 
 
+def test_what_jobs_that_were_killed_while_they_loaded_left_on_a_box_goes_after_its_time(
+    bucket: Bucket,
+) -> None:
+    left = bucket.folder / "cache" / "restore" / "GONE-1"
+    lately = left.with_name("LATELY-1")
+    for folder in (left, lately):
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"x")
+    for path in (left / "part", left):
+        os.utime(path, (0, 0))
+    bucket.add("JOB")
+    bucket.run("JOB", stop_at=1)
+    assert (left.exists(), lately.exists()) == (False, True)
+
+
 def doctored(bucket: Bucket, job_id: str, step: int, change: Any) -> None:
     """Commit, as a next attempt, a checkpoint whose tensors were changed but whose digests fit."""
     repository = bucket.repository(job_id)

@@ -109,7 +109,7 @@ class Spool:
 
 
 def sweep(folder: Path, own_job_id: str, now: float) -> None:
-    """Delete what other jobs left in this box's spool and did not come back to."""
+    """Delete what other jobs left in a folder of this box and did not come back to."""
     for root in folder.glob("*"):
         with contextlib.suppress(OSError):  # its job ends just now
             newest = max(path.stat().st_mtime for path in (root, *root.glob("*")))
