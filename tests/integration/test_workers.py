@@ -228,11 +228,11 @@ def test_of_ranks_that_never_belonged_to_an_attempt_the_log_says_why(gpus: Stack
         assert len(failed.attempts) == 0
         wait_until(lambda: not keepers(gpus), 30, "the keepers' end")
         lines = list(client.logs(job.id))
-    assert {(line.attempt, line.rank) for line in lines} == {(0, 0), (0, 1)}
-    for rank in (0, 1):
-        text = "\n".join(line.line for line in lines if line.rank == rank)
-        assert "the attempt failed" in text
-        assert "spec.json does not exist" in text
+    assert {line.attempt for line in lines} == {0}
+    # Whoever fails first may end the other before it has a word.
+    text = "\n".join(line.line for line in lines)
+    assert "the attempt failed" in text
+    assert "spec.json does not exist" in text
 
 
 def test_a_trainer_that_does_not_answer_is_stopped_by_force_and_nothing_stays(
