@@ -102,15 +102,19 @@ async def serve(folder: Path, count: int) -> None:
 
 @contextlib.contextmanager
 def training(folder: Path) -> Iterator[None]:
-    """A trainer at work on one thread."""
+    """A trainer at work on one thread, from its first step on."""
     bucket = Bucket(folder)
     data = small_corpus(folder / "data")
     bucket.add("LOAD", data=data, schedule={"num_iterations": 1_000_000})
     words = ["--storage", bucket.uri, "--job", "LOAD", "--threads", "1"]
     words += ["--cache", str(folder / "cache")]
     command = [sys.executable, "-m", "trainer", *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    told = folder / "told"
+    with told.open("w") as output, subprocess.Popen(command, stdout=output) as process:
         try:
+            while "step " not in told.read_text():  # a start takes both cores for seconds
+                assert process.poll() is None, "the trainer trains"
+                time.sleep(0.1)
             yield
         finally:
             process.kill()
