@@ -6,11 +6,13 @@ One stack and one long job for all tests, in the order written: each leaves the 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from everstep import Client
@@ -140,6 +142,37 @@ def test_killed_store_delays_checkpoints_only(box: Box, client: Client, job_id: 
     box.kill("seaweedfs")
     after = wait_for_checkpoint(client, job_id, before.step)
     assert len(after.attempts) == len(before.attempts), "storage trouble never stops training"
+
+
+def test_uploads_that_broke_off_go_by_the_runbooks_command(box: Box, job_id: str) -> None:
+    keys = box.clone / ".everstep" / "compose" / "storage.env"
+    key, secret = (line.partition("=")[2] for line in keys.read_text().split())
+    store = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{box.ports['EVERSTEP_S3_PORT']}",
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        region_name="us-east-1",
+    )
+    name = {"Bucket": "everstep", "Key": f"jobs/{job_id}/broke-off"}
+    begun = store.create_multipart_upload(**name)
+    store.upload_part(**name, UploadId=begun["UploadId"], PartNumber=1, Body=b"part")
+
+    def there() -> bool:
+        uploads = store.list_multipart_uploads(Bucket="everstep").get("Uploads", [])
+        return name["Key"] in {each["Key"] for each in uploads}
+
+    assert there()
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
+    (command,) = re.findall("`(docker compose .*clean.uploads.*)`", runbook)
+    box.run("sh", "-c", command)
+    assert there(), "it is of today"
+
+    def gone() -> bool:
+        box.run("sh", "-c", command.replace("24h", "1s"))
+        return not there()
+
+    wait_until(gone, "its end")
 
 
 def test_kernels_are_compiled_once_and_lie_in_the_volume(box: Box, client: Client) -> None:
