@@ -59,7 +59,6 @@ class LogShipper(logging.Handler):
         self._own = None if files else tempfile.TemporaryFile()  # noqa: SIM115 - until close
         self._target = self._own.fileno() if self._own else STANDARD_ERROR
         self._tail = Tail(files or [self._target], secrets)
-        self._taken: list[tuple[float, str]] = []
         self._keeper = keeper
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
@@ -97,13 +96,10 @@ class LogShipper(logging.Handler):
 
     def _ship(self, last: bool) -> bool:
         """Store a piece, if there is something to store; whether there was."""
-        # The store may have kept what it didn't say so of: who follows has read it, and looks at no
-        # piece twice.
-        self._taken = lines = self._taken or self._tail.take(last)
+        lines = self._tail.take(last)
         if lines:
             write_piece(self._store, self._job_id, self._key, lines)
         self._tail.keep()
-        self._taken = []
         if lines:
             self._key = replace(self._key, sequence=self._key.sequence + 1)
             if self._keeper is not None:

@@ -39,17 +39,22 @@ class Tail:
         self._secrets = tuple(filter(None, secrets))
         self.offsets = list(offsets) or [0] * len(files)
         self._read = list(self.offsets)
+        self._taken: list[tuple[float, str]] = []
 
     def take(self, last: bool = False) -> list[tuple[float, str]]:
-        """The next lines with their times; the same and more until `keep`.
+        """The next lines with their times; the same until `keep`, for they may be stored already.
 
         last: a line that doesn't end yet never will.
         """
-        return [line for index in range(len(self._files)) for line in self._lines_of(index, last)]
+        if not self._taken:
+            files = range(len(self._files))
+            self._taken = [line for index in files for line in self._lines_of(index, last)]
+        return self._taken
 
     def keep(self) -> None:
         """What was taken is safe: go on behind it."""
         self.offsets = list(self._read)
+        self._taken = []
 
     def _lines_of(self, index: int, last: bool) -> list[tuple[float, str]]:
         begin = self.offsets[index]

@@ -40,11 +40,9 @@ class Database:
         """Open the file, creating it and migrating it to the newest schema first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(migrate, path)
-
-        async def connect() -> aiosqlite.Connection:
-            return await _Connection(path)
-
-        engine = create_async_engine(f"sqlite+aiosqlite:///{path}", async_creator=connect)
+        engine = create_async_engine(
+            f"sqlite+aiosqlite:///{path}", async_creator=lambda: _Connection(path)
+        )
         event.listen(engine.sync_engine, "connect", _configure)
         return cls(engine)
 
